@@ -1,0 +1,124 @@
+"""The GPT-2 tokenizer, and the files that hold a data set's tokens.
+
+The vocabulary ships in `assets/`, so nothing here ever needs the network. A data set is a directory of shards,
+each a flat run of uint16 token ids in one of two formats:
+
+    .npy    what numpy.save writes: one dimension, uint16 (build-nanogpt and our own fineweb.py)
+    .bin    llm.c's: 256 int32 (20240520, version 1, token count, zeros), then the ids as uint16
+"""
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tiktoken_ext.openai_public import r50k_pat_str
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+VOCAB_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+END_OF_TEXT = 50256
+VOCAB_SIZE = 50257
+
+BIN_HEADER = 256 * 4  # bytes: 256 int32
+BIN_MAGIC, BIN_VERSION = 20240520, 1
+
+
+class ShardError(ValueError):
+    """A token file is not what it should be; the message names the file, what was expected and what was found."""
+
+
+@lru_cache(maxsize=1)
+def gpt2_encoding() -> tiktoken.Encoding:
+    """GPT-2's byte-pair encoding. Raises ValueError if a file in assets/ has been altered, OSError if one is gone.
+
+    Text is encoded with `encode_ordinary`, to which "<|endoftext|>" is thirteen characters like any others.
+    """
+    # By default tiktoken keeps a second copy of what it reads in the temporary directory; ours is local already.
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")
+    ranks = data_gym_to_mergeable_bpe_ranks(
+        vocab_bpe_file=str(ASSETS / "merges.txt"),
+        encoder_json_file=str(ASSETS / "vocab.json"),
+        vocab_bpe_hash=MERGES_SHA256,
+        encoder_json_hash=VOCAB_SHA256,
+    )
+    return tiktoken.Encoding(
+        name="gpt2",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": END_OF_TEXT},
+        explicit_n_vocab=VOCAB_SIZE,
+    )
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """Write token ids (uint16, one dimension) as a .npy shard; under its name the file is whole or not there."""
+    if tokens.dtype != np.uint16 or tokens.ndim != 1:
+        raise ShardError(f"{path}: a shard is a flat array of uint16, not {tokens.dtype} of shape {tokens.shape}")
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as f:
+        np.save(f, tokens)
+        f.flush()
+        os.fsync(f.fileno())
+    partial.replace(path)
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """A shard's token ids as a read-only memmap (n,) of uint16, validated down to the last byte of its size."""
+    offset, n = _npy_layout(path) if path.suffix == ".npy" else _bin_layout(path)
+    expected, found = offset + 2 * n, path.stat().st_size
+    if found != expected:
+        what = "truncated" if found < expected else "trailing bytes"
+        raise ShardError(
+            f"{path}: {what}: {n:,} tokens make {expected:,} bytes, found {found:,}; download or write it again"
+        )
+    if n == 0:
+        raise ShardError(f"{path}: holds no tokens")
+    return np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(n,))
+
+
+def _npy_layout(path: Path) -> tuple[int, int]:
+    """Where the tokens of a .npy shard begin, in bytes, and how many there should be."""
+    with open(path, "rb") as f:
+        try:
+            version = np.lib.format.read_magic(f)
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, _, dtype = read_header[version](f)
+        except (ValueError, KeyError) as e:
+            raise ShardError(f"{path}: expected a .npy header, found none that can be read ({e})") from None
+        if dtype != np.dtype("<u2"):
+            raise ShardError(f"{path}: expected tokens of type uint16, found {dtype}")
+        if len(shape) != 1:
+            raise ShardError(f"{path}: expected one dimension, found shape {shape}")
+        return f.tell(), shape[0]
+
+
+def _bin_layout(path: Path) -> tuple[int, int]:
+    """The same for a .bin shard."""
+    header = np.fromfile(path, dtype="<i4", count=256)
+    if len(header) < 256:
+        raise ShardError(f"{path}: truncated: expected a header of {BIN_HEADER} bytes, found {4 * len(header)}")
+    magic, version, n = (int(x) for x in header[:3])
+    if (magic, version) != (BIN_MAGIC, BIN_VERSION):
+        raise ShardError(
+            f"{path}: expected magic {BIN_MAGIC} and version {BIN_VERSION}, found {magic} and {version}; "
+            "is this a token file in llm.c's GPT-2 format?"
+        )
+    if n < 0:
+        raise ShardError(f"{path}: expected a token count, found {n}")
+    return BIN_HEADER, n
+
+
+def shard_paths(directory: Path, split: str) -> list[Path]:
+    """The shards of a split, "train" or "val", in the order of their names. Raises ShardError if there are none."""
+    shards = sorted(p for p in directory.iterdir() if p.suffix in (".npy", ".bin"))
+    if not shards:
+        raise ShardError(f"{directory}: holds no .npy or .bin shards; prepare some with `python fineweb.py`")
+    if len({p.suffix for p in shards}) > 1:
+        raise ShardError(f"{directory}: holds both .npy and .bin shards; keep one kind, or they may count twice")
+    chosen = [p for p in shards if split in p.name]
+    if not chosen:
+        raise ShardError(f'{directory}: none of its {len(shards)} shards has "{split}" in its name')
+    return chosen
