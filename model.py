@@ -1,0 +1,410 @@
+"""GPT-2, the whole network in one file.
+
+Language Models are Unsupervised Multitask Learners (Radford et al., 2019), with OpenAI's own parameter names, so that
+a checkpoint here and a checkpoint of Hugging Face's `GPT2LMHeadModel` are one and the same.
+
+Shapes: B sequences of T tokens, C = n_embd channels, nh heads of hs = C / nh channels, V = vocab_size.
+"""
+
+import json
+import math
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, <|endoftext|>
+
+# The four published sizes: 124M, 350M, 774M and 1558M parameters.
+SIZES = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
+}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    block_size: int = 1024  # the longest context, in tokens
+    vocab_size: int = GPT2_VOCAB_SIZE
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in every linear map and LayerNorm, as GPT-2 has it; False is a little smaller and faster
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} does not divide into n_head {self.n_head} heads")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding matrix: vocab_size rounded up to a multiple of 128, which matrix hardware likes."""
+        return (self.vocab_size + 127) // 128 * 128
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key, value for all heads
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.attn_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor, cache: "KVCache | None" = None, layer: int = 0) -> torch.Tensor:
+        B, T, C = x.size()
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)  # (B, nh, T so far, hs)
+        # A single query is the newest token, which may look at every key; only several at once need the causal mask.
+        dropout_p = self.attn_dropout.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)  # (B, nh, T, hs)
+        y = y.transpose(1, 2).contiguous().view(B, T, C)  # heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU(approximate="tanh")  # the approximation that GPT-2 was trained with
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, cache: "KVCache | None" = None, layer: int = 0) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), cache, layer)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class KVCache:
+    """The keys and values of the tokens seen so far, so that generating a token costs one token's work.
+
+    One buffer (n_layer, 2, B, nh, block_size, hs), filled up to `length`. A forward pass over T new tokens extends
+    every layer and then moves `length` on by T; several at once (T > 1) only while it is empty.
+    """
+
+    def __init__(self, config: GPTConfig):
+        self.config = config
+        self.buffer = None
+        self.length = 0
+
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Keep a layer's new k and v (B, nh, T, hs); returns all of that layer's, (2, B, nh, length + T, hs)."""
+        B, nh, T, hs = k.size()
+        if self.buffer is None:
+            self.buffer = k.new_empty(self.config.n_layer, 2, B, nh, self.config.block_size, hs)
+        new = slice(self.length, self.length + T)
+        self.buffer[layer, 0, :, :, new] = k
+        self.buffer[layer, 1, :, :, new] = v
+        return self.buffer[layer, :, :, :, : new.stop]
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+            )
+        )
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal with std 0.02, biases zero, gains one; section 2.3 of the paper scales the residual projections by
+        1/√N, N = 2·n_layer being the number of residual additions. The rows that pad the vocabulary are zero."""
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.dim() == 1:  # LayerNorm's gain
+                nn.init.ones_(p)
+            else:
+                residual = name.endswith("c_proj.weight")
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+        self.transformer.wte.weight[self.config.vocab_size :] = 0.0
+
+    def forward(
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """`model(idx)` -> (logits, None), float32 (B, T, V). `model(idx, targets)` -> (None, loss), the mean
+        cross-entropy in nats. idx and targets are (B, T) of int64; raises ValueError where T exceeds block_size."""
+        logits = self.head(self.hidden(idx))
+        if targets is None:
+            return logits, None
+        return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
+
+    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """The last layer's output for tokens (B, T), normalised: (B, T, C). They continue a cache, if given."""
+        past = 0 if cache is None else cache.length
+        T = idx.size(1)
+        if past + T > self.config.block_size:
+            raise ValueError(f"{past + T} tokens do not fit into a context of {self.config.block_size}")
+        pos = torch.arange(past, past + T, device=idx.device)  # (T)
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
+        x = self.transformer.drop(x)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, cache, layer)
+        if cache is not None:
+            cache.length += T
+        return self.transformer.ln_f(x)
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states (..., C) to float32 logits (..., V). The head's matrix is the token embedding's (tied);
+        padded ids are cut off, so they have no probability, and their rows get no gradient."""
+        return F.linear(x, self.transformer.wte.weight)[..., : self.config.vocab_size].float()
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        idx: torch.Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_token: int | None = None,
+        generator: torch.Generator | None = None,
+        use_cache: bool = True,
+    ) -> torch.Tensor:
+        """Continue each row of idx (B, T) by up to max_new_tokens; returns prompt and continuation (B, T + new).
+
+        temperature 0 takes the likeliest token; top_k keeps that many of the likeliest, top_p (Holtzman et al., 2020,
+        section 3.1) the fewest that hold that much probability. A row that has produced stop_token is filled up with
+        it, and generation ends once every row has. Past block_size, each token is computed from the last block_size
+        tokens: their positions all move, so there the cache cannot help.
+        """
+        block_size = self.config.block_size
+        cache = KVCache(self.config) if use_cache else None
+        done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
+        for _ in range(max_new_tokens):
+            if cache is not None and idx.size(1) <= block_size:
+                x = self.hidden(idx[:, cache.length :], cache)
+            else:
+                x = self.hidden(idx[:, -block_size:])
+            token = sample(self.head(x[:, -1]), temperature, top_k, top_p, generator)  # (B)
+            if stop_token is not None:
+                token = token.masked_fill(done, stop_token)
+                done |= token == stop_token
+            idx = torch.cat((idx, token[:, None]), dim=1)
+            if stop_token is not None and done.all():
+                break
+        return idx
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir: str | Path) -> "GPT":
+        """A GPT-2 from a local directory, or from the Hugging Face hub by name ("gpt2", "gpt2-xl", "user/model").
+
+        Raises OSError if it cannot be reached or read, ValueError if it is not a GPT-2.
+        """
+        hf = json.loads(_find(name_or_dir, "config.json").read_text(encoding="utf-8"))
+        if hf.get("model_type") != "gpt2":
+            raise ValueError(f"{name_or_dir} is no GPT-2: its config.json has model_type {hf.get('model_type')!r}")
+        if hf.get("n_inner") == 4 * hf["n_embd"]:
+            hf["n_inner"] = None  # two ways to say the same
+        for key, ours in HF_CONFIG.items():
+            if hf.get(key, ours) != ours:
+                raise ValueError(
+                    f"{name_or_dir} is not GPT-2's network: its config.json has {key} {hf[key]!r}, not {ours!r}"
+                )
+        with torch.device("meta"):  # shapes alone: no time spent on initial weights that are overwritten
+            model = cls(
+                GPTConfig(
+                    block_size=hf["n_positions"],
+                    vocab_size=hf["vocab_size"],
+                    n_layer=hf["n_layer"],
+                    n_head=hf["n_head"],
+                    n_embd=hf["n_embd"],
+                    dropout=hf.get("resid_pdrop", 0.1),
+                    bias=hf.get("bias", True),
+                )
+            )
+        model.to_empty(device="cpu")
+        try:
+            model.load_hf_state(_read_weights(name_or_dir))
+        except ValueError as e:
+            raise ValueError(f"{name_or_dir}: {e}") from None
+        return model
+
+    @torch.no_grad()
+    def load_hf_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over weights in Hugging Face's layout. Raises ValueError on a tensor missing, misshapen or unknown."""
+        state = {name.removeprefix("transformer."): t for name, t in state.items()}  # the hub's "gpt2" has no prefix
+        for name, p in self.transformer.named_parameters():
+            rows = self.config.vocab_size if name == "wte.weight" else len(p)
+            ours = p.t() if _is_conv1d(name, p) else p[:rows]
+            theirs = state.pop(name, None)
+            if theirs is None or theirs.shape != ours.shape:
+                found = "nothing" if theirs is None else tuple(theirs.shape)
+                raise ValueError(f"{name}: expected a tensor of shape {tuple(ours.shape)}, found {found}")
+            ours.copy_(theirs)
+            p[rows:] = 0.0
+        for name, t in state.items():  # left over: causal masks and the tied head in old files, zeros for bias=False
+            if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")) and t.any():
+                raise ValueError(f"{name}: a tensor that GPT-2 does not have")
+
+    def hf_state(self) -> dict[str, torch.Tensor]:
+        """The weights in Hugging Face's layout, on the CPU: its Conv1D has matrices transposed and always a bias."""
+        state = {}
+        for name, p in self.named_parameters():
+            rows = self.config.vocab_size if name == "transformer.wte.weight" else len(p)
+            t = p.detach().t() if _is_conv1d(name, p) else p.detach()[:rows]
+            state[name] = t.cpu().contiguous()
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is None:
+                state[f"{name}.bias"] = torch.zeros(len(module.weight))
+        return state
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a Hugging Face GPT-2 directory, tokenizer included, that `transformers` and `from_pretrained` open."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        c = self.config
+        config = dict(
+            architectures=["GPT2LMHeadModel"],
+            model_type="gpt2",
+            vocab_size=c.vocab_size,
+            n_positions=c.block_size,
+            n_layer=c.n_layer,
+            n_head=c.n_head,
+            n_embd=c.n_embd,
+            embd_pdrop=c.dropout,
+            attn_pdrop=c.dropout,
+            resid_pdrop=c.dropout,
+            bias=c.bias,
+            bos_token_id=GPT2_VOCAB_SIZE - 1,
+            eos_token_id=GPT2_VOCAB_SIZE - 1,
+            dtype="float32",
+            **HF_CONFIG,
+        )
+        end = "<|endoftext|>"
+        tokenizer = dict(
+            tokenizer_class="GPT2Tokenizer", model_max_length=c.block_size, bos_token=end, eos_token=end, unk_token=end
+        )
+        save_file(self.hf_state(), directory / "model.safetensors", metadata={"format": "pt"})
+        for name, content in ("config.json", config), ("tokenizer_config.json", tokenizer):
+            (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for name in "vocab.json", "merges.txt":
+            shutil.copyfile(Path(__file__).resolve().parent / "assets" / name, directory / name)
+
+    def adapt(self, block_size: int, dropout: float) -> None:
+        """Go on with a context that is at most as long, whose further positions are forgotten, and another dropout."""
+        self.config = replace(self.config, block_size=block_size, dropout=dropout)
+        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
+
+    def configure_optimizers(
+        self, weight_decay: float, learning_rate: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8
+    ) -> torch.optim.AdamW:
+        """AdamW (Loshchilov & Hutter, 2019); matrices and embeddings decay, biases and gains do not."""
+        decay = [p for p in self.parameters() if p.dim() >= 2]
+        no_decay = [p for p in self.parameters() if p.dim() < 2]
+        groups = [dict(params=decay, weight_decay=weight_decay), dict(params=no_decay, weight_decay=0.0)]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
+
+    def num_parameters(self) -> int:
+        """How many weights there are, the padded rows not counted."""
+        c = self.config
+        return sum(p.numel() for p in self.parameters()) - (c.padded_vocab_size - c.vocab_size) * c.n_embd
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations to train on one token at full context, forward and backward: 6 for each weight
+        that a matrix multiplication uses, and 12·n_layer·n_embd·block_size for attention, the causal half not taken
+        off (Chowdhery et al., 2022, PaLM, appendix B)."""
+        c = self.config
+        weights = 12 * c.n_layer * c.n_embd**2 + c.padded_vocab_size * c.n_embd  # the head's; lookups multiply nothing
+        return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Draw a token for each row of logits (B, V): (B). Ids beyond GPT-2's vocabulary are never drawn."""
+    logits = logits[:, :GPT2_VOCAB_SIZE]
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p is not None:
+        values, order = logits.sort(descending=True)
+        probs = values.softmax(dim=-1)
+        values = values.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, -math.inf)  # enough without this one
+        logits = torch.full_like(logits, -math.inf).scatter(1, order, values)
+    return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)[:, 0]
+
+
+# What a Hugging Face config may vary and GPT-2 does not.
+HF_CONFIG = dict(
+    activation_function="gelu_new",
+    layer_norm_epsilon=1e-5,
+    n_inner=None,
+    scale_attn_weights=True,
+    scale_attn_by_inverse_layer_idx=False,
+    tie_word_embeddings=True,
+    add_cross_attention=False,
+)
+
+
+def _is_conv1d(name: str, p: torch.Tensor) -> bool:
+    """Whether Hugging Face keeps this weight in a Conv1D, (in, out): the matrices of the blocks, not the embeddings."""
+    return ".ln_" not in name and "h." in name and p.dim() == 2
+
+
+def _find(name_or_dir: str | Path, filename: str) -> Path:
+    """A file of a model: in its directory, or in the hub's cache, downloaded if need be."""
+    if Path(name_or_dir).is_dir():
+        return Path(name_or_dir) / filename
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(str(name_or_dir), filename))
+
+
+def _read_weights(name_or_dir: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a model, by Hugging Face's names."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return load_file(_find(name_or_dir, "model.safetensors"))
+    except SafetensorError as e:
+        raise ValueError(f"model.safetensors is damaged: {e}") from None
+    except (FileNotFoundError, EntryNotFoundError):  # pytorch_model.bin, or sharded: transformers knows all layouts
+        from transformers import GPT2LMHeadModel
+
+        model, info = GPT2LMHeadModel.from_pretrained(name_or_dir, output_loading_info=True)
+        if info["missing_keys"]:
+            raise ValueError(f"lacks {', '.join(sorted(info['missing_keys']))}") from None
+        return model.state_dict()
