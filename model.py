@@ -6,6 +6,8 @@ a checkpoint here and a checkpoint of Hugging Face's `GPT2LMHeadModel` are one a
 Shapes: B sequences of T tokens, C = n_embd channels, nh heads of hs = C / nh channels, V = vocab_size.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import shutil
@@ -58,17 +60,18 @@ class CausalSelfAttention(nn.Module):
         self.attn_dropout = nn.Dropout(config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, cache: "KVCache | None" = None, layer: int = 0) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, cache: KVCache | None = None) -> torch.Tensor:
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
-            k, v = cache.extend(layer, k, v)  # (B, nh, T so far, hs)
+            k, v = cache.extend(k, v)  # (B, nh, T so far, hs)
         # A single query is the newest token, which may look at every key; only several at once need the causal mask.
+        causal = mask is None and T > 1
         dropout_p = self.attn_dropout.p if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)  # (B, nh, T, hs)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=causal)  # (B, nh, T, hs)
         y = y.transpose(1, 2).contiguous().view(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -93,33 +96,31 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cache: "KVCache | None" = None, layer: int = 0) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), cache, layer)
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, cache: KVCache | None = None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache)
         x = x + self.mlp(self.ln_2(x))
         return x
 
 
 class KVCache:
-    """The keys and values of the tokens seen so far, so that generating a token costs one token's work.
+    """A layer's keys and values of the tokens seen so far, so that generating a token costs one token's work.
 
-    One buffer (n_layer, 2, B, nh, block_size, hs), filled up to `length`. A forward pass over T new tokens extends
-    every layer and then moves `length` on by T; several at once (T > 1) only while it is empty.
+    Two buffers (B, nh, block_size, hs), filled up to `length`; several tokens at once (T > 1) only while empty.
     """
 
-    def __init__(self, config: GPTConfig):
-        self.config = config
-        self.buffer = None
+    def __init__(self, block_size: int):
+        self.block_size = block_size
         self.length = 0
 
-    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Keep a layer's new k and v (B, nh, T, hs); returns all of that layer's, (2, B, nh, length + T, hs)."""
+    def extend(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep the new keys and values (B, nh, T, hs); returns all there are, each (B, nh, length, hs)."""
         B, nh, T, hs = k.size()
-        if self.buffer is None:
-            self.buffer = k.new_empty(self.config.n_layer, 2, B, nh, self.config.block_size, hs)
-        new = slice(self.length, self.length + T)
-        self.buffer[layer, 0, :, :, new] = k
-        self.buffer[layer, 1, :, :, new] = v
-        return self.buffer[layer, :, :, :, : new.stop]
+        if self.length == 0:
+            self.k, self.v = (k.new_empty(B, nh, self.block_size, hs) for _ in range(2))
+        self.k[:, :, self.length : self.length + T] = k
+        self.v[:, :, self.length : self.length + T] = v
+        self.length += T
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
 
 
 class GPT(nn.Module):
@@ -161,19 +162,27 @@ class GPT(nn.Module):
             return logits, None
         return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
 
-    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """The last layer's output for tokens (B, T), normalised: (B, T, C). They continue a cache, if given."""
-        past = 0 if cache is None else cache.length
+    def hidden(
+        self,
+        idx: torch.Tensor,
+        pos: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        caches: list[KVCache] | None = None,
+    ) -> torch.Tensor:
+        """The last layer's output for tokens idx (B, T), normalised: (B, T, C).
+
+        pos (T) or (B, T) places the tokens elsewhere than one after the other; mask, boolean (B, 1, T, T), says which
+        may look at which, in place of the causal mask. With caches, one a layer, the tokens continue what they hold.
+        """
+        past = caches[0].length if caches else 0
         T = idx.size(1)
-        if past + T > self.config.block_size:
-            raise ValueError(f"{past + T} tokens do not fit into a context of {self.config.block_size}")
-        pos = torch.arange(past, past + T, device=idx.device)  # (T)
-        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
-        x = self.transformer.drop(x)
-        for layer, block in enumerate(self.transformer.h):
-            x = block(x, cache, layer)
-        if cache is not None:
-            cache.length += T
+        if pos is None:
+            if past + T > self.config.block_size:
+                raise ValueError(f"{past + T} tokens do not fit into a context of {self.config.block_size}")
+            pos = torch.arange(past, past + T, device=idx.device)  # (T)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
+        for block, cache in zip(self.transformer.h, caches or [None] * self.config.n_layer, strict=True):
+            x = block(x, mask, cache)
         return self.transformer.ln_f(x)
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
@@ -201,11 +210,11 @@ class GPT(nn.Module):
         tokens: their positions all move, so there the cache cannot help.
         """
         block_size = self.config.block_size
-        cache = KVCache(self.config) if use_cache else None
+        caches = [KVCache(block_size) for _ in self.transformer.h] if use_cache else []
         done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
-            if cache is not None and idx.size(1) <= block_size:
-                x = self.hidden(idx[:, cache.length :], cache)
+            if caches and idx.size(1) <= block_size:
+                x = self.hidden(idx[:, caches[0].length :], caches=caches)
             else:
                 x = self.hidden(idx[:, -block_size:])
             token = sample(self.head(x[:, -1]), temperature, top_k, top_p, generator)  # (B)
@@ -218,7 +227,7 @@ class GPT(nn.Module):
         return idx
 
     @classmethod
-    def from_pretrained(cls, name_or_dir: str | Path) -> "GPT":
+    def from_pretrained(cls, name_or_dir: str | Path) -> GPT:
         """A GPT-2 from a local directory, or from the Hugging Face hub by name ("gpt2", "gpt2-xl", "user/model").
 
         Raises OSError if it cannot be reached or read, ValueError if it is not a GPT-2.

@@ -7,6 +7,7 @@ each a flat run of uint16 token ids in one of two formats:
     .bin    llm.c's: 256 int32 (20240520, version 1, token count, zeros), then the ids as uint16
 """
 
+import hashlib
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -17,8 +18,10 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-VOCAB_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+SHA256 = {
+    "vocab.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "merges.txt": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
 END_OF_TEXT = 50256
 VOCAB_SIZE = 50257
 
@@ -36,14 +39,13 @@ def gpt2_encoding() -> tiktoken.Encoding:
 
     Text is encoded with `encode_ordinary`, to which "<|endoftext|>" is thirteen characters like any others.
     """
+    for name, expected in SHA256.items():
+        found = hashlib.sha256((ASSETS / name).read_bytes()).hexdigest()
+        if found != expected:
+            raise ValueError(f"{ASSETS / name}: expected SHA-256 {expected}, found {found}; get the file again")
     # By default tiktoken keeps a second copy of what it reads in the temporary directory; ours is local already.
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")
-    ranks = data_gym_to_mergeable_bpe_ranks(
-        vocab_bpe_file=str(ASSETS / "merges.txt"),
-        encoder_json_file=str(ASSETS / "vocab.json"),
-        vocab_bpe_hash=MERGES_SHA256,
-        encoder_json_hash=VOCAB_SHA256,
-    )
+    ranks = data_gym_to_mergeable_bpe_ranks(str(ASSETS / "merges.txt"), str(ASSETS / "vocab.json"))
     return tiktoken.Encoding(
         name="gpt2",
         pat_str=r50k_pat_str,

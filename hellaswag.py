@@ -1,0 +1,329 @@
+"""HellaSwag (Zellers et al., 2019): which of four endings does the model find likeliest?
+
+    python hellaswag.py --model_type gpt2 --device cuda
+    python hellaswag.py --model_type log/step_000500 --limit 1000
+
+Two ways to write a record as text go by the same name, and each is scored in two ways:
+
+    build-nanogpt    the context, a space, an ending; `acc` by the sum of its tokens' log-probabilities, `acc_norm` by
+                     their mean. This acc_norm is what the training log calls `hella`: GPT-2 124M has 29.55%.
+    lm-eval          EleutherAI's lm-evaluation-harness: brackets removed, the activity before the context; `acc` by the
+                     sum, `acc_norm` by the sum over the ending's characters: GPT-2 124M has 31.14%.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from model import GPT
+from tokens import gpt2_encoding
+
+FILE = Path(__file__).resolve().parent / "hellaswag" / "hellaswag_val.jsonl"
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
+N_RECORDS = 10042
+
+
+class HellaSwagError(Exception):
+    """The data cannot be had, or is not what it should be; the message is for the user, status the exit status."""
+
+    def __init__(self, message: str, status: int = 2):
+        super().__init__(message)
+        self.status = status
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def find_file() -> Path:
+    """The validation set, downloaded on first use and checked; under its name it is whole or not there."""
+    if not FILE.exists():
+        partial = FILE.with_name(f"{FILE.name}.{os.getpid()}.partial")
+        try:
+            FILE.parent.mkdir(exist_ok=True)
+            with urllib.request.urlopen(URL, timeout=30) as response:
+                content = response.read()
+            found = hashlib.sha256(content).hexdigest()
+            if found != SHA256:
+                raise HellaSwagError(f"{URL}: expected SHA-256 {SHA256}, found {found}; try again later", 4)
+            partial.write_bytes(content)
+            partial.replace(FILE)
+        except OSError as e:
+            partial.unlink(missing_ok=True)
+            raise HellaSwagError(
+                f"no {FILE}, and it could not be downloaded ({e}); put it there from {URL}", 4
+            ) from None
+    return FILE
+
+
+@dataclass(frozen=True)
+class Example:
+    """A context and four endings as token ids, what an ending's log-probability is divided by for acc_norm, the right
+    ending's number, and the line of the file."""
+
+    context: list[int]
+    endings: list[list[int]]
+    lengths: list[float]
+    label: int
+    line: int
+
+
+def read_examples(path: Path, render, limit: int | None = None) -> list[Example]:
+    """The first `limit` records of a HellaSwag file, rendered. Raises HellaSwagError on a record that is none."""
+    examples = []
+    with open(path, encoding="utf-8") as f:
+        for line, text in enumerate(f, start=1):
+            if len(examples) == limit:
+                break
+            try:
+                record = json.loads(text)
+                endings, label = record["endings"], int(record["label"])
+                if len(endings) != 4 or not all(isinstance(e, str) and e.strip() for e in endings):
+                    raise ValueError("expected four endings that are not empty")
+                if label not in range(4):
+                    raise ValueError(f"expected a label from 0 to 3, found {label}")
+                context, endings, lengths = render(record)
+                if not context or not all(endings):
+                    raise ValueError("nothing is left of the context or an ending")
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
+                reason = f"lacks {e}" if isinstance(e, KeyError) else e
+                raise HellaSwagError(f"{path}, line {line}: {reason}") from None
+            examples.append(Example(context, endings, lengths, label, line))
+    if not examples:
+        raise HellaSwagError(f"{path}: holds no records")
+    return examples
+
+
+def render_nanogpt(record: dict) -> tuple[list[int], list[list[int]], list[float]]:
+    """Context, endings and their lengths in tokens, as karpathy/build-nanogpt has them."""
+    encode = gpt2_encoding().encode_ordinary
+    endings = [encode(" " + ending) for ending in record["endings"]]
+    return encode(record["ctx"]), endings, [len(tokens) for tokens in endings]
+
+
+def render_lm_eval(record: dict) -> tuple[list[int], list[list[int]], list[float]]:
+    """Context, endings and their lengths in characters, as lm-evaluation-harness's task `hellaswag` has them."""
+
+    def clean(text: str) -> str:
+        text = text.strip().replace(" [title]", ". ")  # WikiHow's marks
+        return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+    encode = gpt2_encoding().encode_ordinary
+    context = clean(f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}")
+    endings = [clean(ending) for ending in record["endings"]]
+    prefix = encode(context.rstrip())  # a trailing space belongs to what follows
+    whole = [encode(f"{context} {ending}") for ending in endings]
+    return prefix, [tokens[len(prefix) :] for tokens in whole], [len(ending) for ending in endings]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Scoring
+
+
+@dataclass(frozen=True)
+class Row:
+    """A context and some of an example's endings, in one sequence: an ending sees the context and itself, so that what
+    they share is computed once. (The last token of an ending predicts nothing, so it is left out.)"""
+
+    example: int
+    choices: list[int]
+    context: list[int]
+    endings: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
+
+
+def make_rows(examples: list[Example], block_size: int) -> tuple[list[Row], int]:
+    """A row for each example, longest first, and how many contexts were cut on the left to fit into block_size."""
+    rows, cut = [], 0
+    for i, e in enumerate(examples):
+        longest = max(map(len, e.endings))
+        if longest > block_size:
+            raise HellaSwagError(
+                f"line {e.line}: an ending of {longest} tokens, but the model's context is {block_size}"
+            )
+        if len(e.context) + longest - 1 <= block_size:
+            rows.append(Row(i, [0, 1, 2, 3], e.context, e.endings))
+        else:  # each ending with as much of the context as fits before it
+            cut += 1
+            for choice, ending in enumerate(e.endings):
+                rows.append(Row(i, [choice], e.context[-(block_size - len(ending) + 1) :], [ending]))
+    return sorted(rows, key=len, reverse=True), cut
+
+
+def make_batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
+    """Neighbours in length together, up to batch_tokens with padding."""
+    while rows:
+        n = max(1, batch_tokens // len(rows[0]))
+        yield rows[:n]
+        rows = rows[n:]
+
+
+def score_batch(model: GPT, rows: list[Row], device: torch.device) -> Iterator[tuple[int, int, float]]:
+    """For each ending its example, its number and the sum of its tokens' log-probabilities, in float32."""
+    B, S = len(rows), len(rows[0])
+    idx = torch.zeros(B, S, dtype=torch.int64)
+    pos = torch.zeros(B, S, dtype=torch.int64)
+    part = torch.zeros(B, S, dtype=torch.int64)  # 0 for the context and padding, then 1, 2 … by ending
+    source, target, owner = [], [], []  # where a scored token is predicted, which it is, whose it is
+    for b, row in enumerate(rows):
+        n = end = len(row.context)
+        idx[b, :n] = torch.tensor(row.context)
+        pos[b, :n] = torch.arange(n)
+        for k, ending in enumerate(row.endings, start=1):
+            start, end = end, end + len(ending) - 1
+            idx[b, start:end] = torch.tensor(ending[:-1])
+            pos[b, start:end] = torch.arange(n, n + end - start)
+            part[b, start:end] = k
+            source += [b * S + n - 1, *range(b * S + start, b * S + end)]
+            target += ending
+            owner += [(row.example, row.choices[k - 1])] * len(ending)
+    idx, pos, part, source, target = (
+        t.to(device, non_blocking=True) for t in (idx, pos, part, torch.tensor(source), torch.tensor(target))
+    )
+    earlier = torch.ones(S, S, dtype=torch.bool, device=device).tril()
+    mask = earlier & ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None]))  # (B, S, S)
+    x = model.hidden(idx, pos=pos, mask=mask[:, None]).view(B * S, -1)[source]  # (scored tokens, C)
+    losses = [  # a few thousand tokens at a time: their logits are by far the largest thing here
+        F.cross_entropy(model.head(part_x), part_target, reduction="none")
+        for part_x, part_target in zip(x.split(2048), target.split(2048), strict=True)
+    ]
+    sums: dict[tuple[int, int], float] = {}
+    for key, loss in zip(owner, torch.cat(losses).tolist(), strict=True):
+        sums[key] = sums.get(key, 0.0) - loss
+    for (example, choice), total in sums.items():
+        yield example, choice, total
+
+
+@torch.inference_mode()
+def score(
+    model: GPT, examples: list[Example], batch_tokens: int, rank: int = 0, size: int = 1, progress: bool = False
+) -> tuple[torch.Tensor, int]:
+    """Log-probabilities of the endings (n, 4), float32, and how many contexts were cut on the left. Of several ranks
+    each does its share of the work and leaves zeros elsewhere. Raises HellaSwagError if an ending does not fit."""
+    device = model.transformer.wte.weight.device
+    rows, cut = make_rows(examples, model.config.block_size)
+    scores = torch.zeros(len(examples), 4)
+    with tqdm(total=len(rows), unit="row", disable=not progress) as bar:
+        for batch in list(make_batches(rows, batch_tokens))[rank::size]:  # alike in work, so dealt in turn
+            for example, choice, value in score_batch(model, batch, device):
+                scores[example, choice] = value
+            bar.update(len(batch))
+    return scores, cut
+
+
+@dataclass(frozen=True)
+class Result:
+    """How many of n examples are right by each score, and how many were decided by less than 1e-5."""
+
+    n: int
+    acc: int
+    acc_norm: int
+    near_ties: int
+    predictions: list[tuple[int, int]]
+
+
+def judge(scores: torch.Tensor, examples: list[Example]) -> Result:
+    """Compare the likeliest endings, by sum and by sum over length, with the right ones."""
+    label = torch.tensor([e.label for e in examples])
+    by_score = scores, scores / torch.tensor([e.lengths for e in examples])
+    choice, choice_norm = (s.argmax(dim=1) for s in by_score)
+    best, second = torch.stack(by_score).topk(2).values.unbind(dim=-1)  # (2, n) each
+    return Result(
+        n=len(examples),
+        acc=int((choice == label).sum()),
+        acc_norm=int((choice_norm == label).sum()),
+        near_ties=int((best - second < 1e-5).any(dim=0).sum()),
+        predictions=list(zip(choice.tolist(), choice_norm.tolist(), strict=True)),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The script
+
+RENDERINGS = {"build-nanogpt": render_nanogpt, "lm-eval": render_lm_eval}
+PUBLISHED = {  # per cent
+    ("build-nanogpt", "acc"): "GPT-2 124M 28.59, XL 38.42",
+    ("build-nanogpt", "acc_norm"): "GPT-2 124M 29.55, XL 48.93; GPT-3 124M 33.7",
+    ("lm-eval", "acc"): "GPT-2 124M 28.92, XL 40.04",
+    ("lm-eval", "acc_norm"): "GPT-2 124M 31.14, XL 50.89",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-m", "--model_type", default="gpt2", help="name on the Hugging Face hub, or a directory")
+    parser.add_argument("-d", "--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    parser.add_argument("--data", type=Path, help="a HellaSwag file (default: download the validation set once)")
+    parser.add_argument("--limit", type=int, help="only the first so many records")
+    parser.add_argument("--batch_tokens", type=int, help="tokens computed at once (default: 4,096; 65,536 on CUDA)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+    parser.add_argument(
+        "--save_predictions", type=Path, metavar="FILE", help="write each record's choices there, as CSV"
+    )
+    args = parser.parse_args(argv)
+    try:
+        return report(args)
+    except HellaSwagError as e:
+        print(f"hellaswag.py: error: {e}", file=sys.stderr)
+        return e.status
+
+
+def report(args: argparse.Namespace) -> int:
+    """Score a model in all four ways and print them. Raises HellaSwagError."""
+    if not torch.device(args.device).type == "cpu" and not torch.get_device_module(args.device).is_available():
+        raise HellaSwagError(f"--device {args.device}: PyTorch finds no such device here; try --device cpu")
+    path = args.data or find_file()
+    try:
+        model = GPT.from_pretrained(args.model_type).eval().to(args.device)
+    except (OSError, ValueError) as e:
+        raise HellaSwagError(f"--model_type {args.model_type}: {str(e).splitlines()[0]}") from None
+    torch.set_float32_matmul_precision("high")
+    dtype = getattr(torch, args.dtype)
+    amp = torch.autocast(torch.device(args.device).type, dtype, enabled=dtype != torch.float32)
+    batch_tokens = args.batch_tokens or (65536 if args.device.startswith("cuda") else 4096)
+    numbers, columns = {}, {}
+    for name, render in RENDERINGS.items():
+        examples = read_examples(path, render, args.limit)
+        with amp:
+            scores, cut = score(model, examples, batch_tokens, progress=True)
+        result = judge(scores, examples)
+        columns[name] = result.predictions
+        numbers[name] = dict(n=result.n, near_ties=result.near_ties, contexts_cut=cut)
+        if result.n != N_RECORDS and not args.limit:
+            print(f"{path}: {result.n:,} records, where the validation set has {N_RECORDS:,}")
+        for metric in "acc", "acc_norm":
+            correct = getattr(result, metric)
+            p = correct / result.n
+            error = math.sqrt(p * (1 - p) / max(1, result.n - 1))
+            numbers[name][metric] = dict(correct=correct, value=p, stderr=error)
+            known = PUBLISHED[name, metric]
+            print(f"{name:14}{metric:9}{p:7.2%} ± {error:.2%}  ({correct:,}/{result.n:,})   published: {known}")
+        print(f"{name:14}decided by less than 1e-5: {result.near_ties}; contexts cut on the left: {cut}")
+    if args.json:
+        args.json.write_text(json.dumps(dict(model=args.model_type, dtype=args.dtype, **numbers), indent=2) + "\n")
+    if args.save_predictions:
+        header = "record,label," + ",".join(f"{name} {metric}" for name in columns for metric in ("acc", "acc_norm"))
+        rows = zip(examples, *columns.values(), strict=True)
+        lines = [f"{e.line},{e.label}," + ",".join(f"{a},{b}" for a, b in choices) for e, *choices in rows]
+        args.save_predictions.write_text("\n".join([header, *lines]) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

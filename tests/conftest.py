@@ -1,0 +1,64 @@
+"""What the tests share: the scripts run as a user runs them, on models small enough for a test."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: bits are compared, and pytest-xdist has every core
+
+ROOT = Path(__file__).resolve().parent.parent
+BOOKS_TEXT = ROOT / "input.txt"
+
+# Comparisons of bits need one thread; nothing may reach for the network; the flags come from the test alone.
+ENVIRONMENT = {
+    **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")},
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONUNBUFFERED": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+# 2 layers, 64 wide, 32 tokens, 8 rows a step, in float32 and eager.
+SMALL = (
+    "--n_layer 2 --n_head 2 --n_embd 64 --seq_len 32 --total_batch_size 256 --max_steps 8 --max_lr 1e-3 "
+    "--dtype float32 --compile off --device cpu --eval_every 4 --eval_tokens 256 --sample_every 0 --save_every 4 "
+    "--dist_timeout 60"
+).split()
+
+
+def command(script: str, *flags, ranks: int = 1) -> list[str]:
+    """The command line of a script, alone or under torchrun."""
+    python = [sys.executable]
+    if ranks > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*python, str(ROOT / script), *map(str, flags)]
+
+
+def run(script: str, *flags, ranks: int = 1, status: int | None = 0, **kwargs) -> subprocess.CompletedProcess:
+    """Run a script to its end and check its exit status."""
+    env = ENVIRONMENT | kwargs.pop("env", {})
+    done = subprocess.run(
+        command(script, *flags, ranks=ranks), env=env, capture_output=True, text=True, timeout=240, **kwargs
+    )
+    assert status is None or done.returncode == status, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def read_log(log_dir: Path, name: str = "train") -> dict[int, str]:
+    """The values of a kind in log.txt by step, as they are written; a step that is logged twice is an error."""
+    lines = [line.split(" ") for line in (log_dir / "log.txt").read_text().splitlines()]
+    assert all(len(line) == 3 for line in lines)
+    values = [(int(step), value) for step, kind, value in lines if kind == name]
+    assert len(values) == len(dict(values)), f"a step of {name} is logged twice"
+    return dict(values)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A text of 40,000 characters, which is quicker to tokenize than the whole."""
+    path = tmp_path / "text.txt"
+    path.write_text(BOOKS_TEXT.read_text()[:40000])
+    return path

@@ -1,0 +1,103 @@
+"""The batches: every row once an epoch, the same rows at the same step whatever the micro-batch and the ranks."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tokens
+from conftest import BOOKS_TEXT
+from train_gpt2 import DataLoaderLite, RunError, TrainConfig, dropout_seed, learning_rate, open_data
+
+
+def make_files(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [(f"shard {i}", rng.integers(0, 50257, n).astype(np.uint16)) for i, n in enumerate(lengths)]
+
+
+# Shards of many lengths, some shorter than a row, with at least one row in all.
+shapes = st.tuples(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.integers(1, 16)).filter(
+    lambda shape: sum(shape[0]) > shape[1]
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(shape=shapes, shuffle_first=st.booleans(), seed=st.integers(0, 5))
+def test_an_epoch_is_every_row_once_and_rows_are_windows_of_the_stream(shape, shuffle_first, seed):
+    lengths, T = shape
+    files = make_files(lengths)
+    stream = np.concatenate([ids for _, ids in files])
+    n = (len(stream) - 1) // T
+    loader = DataLoaderLite(files, T, seed, shuffle_first)
+    assert loader.n_rows == n
+    orders = []
+    for epoch in range(3):
+        numbers = loader.row_numbers(epoch * n, n)
+        assert sorted(numbers) == list(range(n))
+        orders.append(numbers)
+        x, y = loader.rows(numbers)
+        for i, inputs, targets in zip(numbers, x.tolist(), y.tolist(), strict=True):
+            assert inputs == stream[i * T : i * T + T].tolist()
+            assert targets == stream[i * T + 1 : i * T + T + 1].tolist()
+    assert shuffle_first or orders[0] == list(range(n))
+    if n > 8:
+        assert orders[1] != orders[2]  # another order each epoch
+        assert orders[1] == DataLoaderLite(files, T, seed, shuffle_first).row_numbers(n, n)
+        assert orders[1] != DataLoaderLite(files, T, seed + 1, shuffle_first).row_numbers(n, n)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    shape=shapes,
+    R=st.sampled_from([4, 8, 12]),
+    split=st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (1, 4)]),
+    first_step=st.integers(0, 7),
+)
+def test_a_step_has_the_same_rows_for_every_micro_batch_and_number_of_ranks(shape, R, split, first_step):
+    lengths, T = shape
+    W, B = split
+    loader = DataLoaderLite(make_files(lengths), T, seed=1)
+    expected = loader.rows(loader.row_numbers(first_step * R, 3 * R))[0]  # three steps, at times over several epochs
+    ranks = [loader.micro_batches(first_step * R + r * B, B, stride=W * B) for r in range(W)]
+    rows = [row for _ in range(3 * R // (W * B)) for rank in ranks for row in next(rank)[0].tolist()]
+    assert rows == expected.tolist()
+    for rank in ranks:
+        rank.close()
+
+
+def test_an_id_that_is_none_is_named_with_its_shard_and_position():
+    files = make_files([10, 20])
+    files[1][1][7] = 50257
+    loader = DataLoaderLite(files, 4)
+    loader.rows([0, 1])
+    with pytest.raises(RunError, match="shard 1: token 7 is 50257, but GPT-2's ids end at 50256"):
+        loader.rows([4])
+
+
+def test_text_keeps_its_last_tenth_for_validation(text):
+    data = open_data(text)
+    (_, train), (_, val) = data.train[0], data.val[0]
+    decode = tokens.gpt2_encoding().decode
+    content = text.read_text()
+    assert decode(train.tolist()) == content[:36000] and decode(val.tolist()) == content[36000:]
+
+
+def test_the_whole_of_tiny_shakespeare_has_the_published_number_of_tokens():
+    data = open_data(BOOKS_TEXT)  # nanoGPT's data/shakespeare/prepare.py prints these
+    assert (len(data.train[0][1]), len(data.val[0][1])) == (301_966, 36_059)
+
+
+def test_learning_rate():
+    config = TrainConfig(max_lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
+    rates = [learning_rate(step, config) for step in range(111)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10] == 1.0 and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    constant = TrainConfig(max_lr=3e-5, min_lr=3e-5, warmup_steps=0, max_steps=10)
+    assert {learning_rate(step, constant) for step in range(10)} == {3e-5}
+
+
+def test_dropout_is_seeded_differently_for_each_micro_batch():
+    config = TrainConfig()
+    seeds = {dropout_seed(config, step, m) for step in range(50) for m in range(50)}
+    assert len(seeds) == 2500 and max(seeds) < 2**32

@@ -1,0 +1,397 @@
+"""train_gpt2.py as its user runs it: real processes, real text, small models."""
+
+import csv
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import checkpoint
+import tokens
+from conftest import ENVIRONMENT, ROOT, SMALL, command, read_log, run
+
+
+def train(text, log_dir, *flags, **kwargs):
+    return run("train_gpt2.py", *SMALL, "--data", text, "--log_dir", log_dir, *flags, **kwargs)
+
+
+def losses(log_dir, name="train"):
+    return {step: float(value) for step, value in read_log(log_dir, name).items()}
+
+
+def assert_close(a: dict, b: dict):
+    """Losses of two runs that differ in the order of their sums: float32 rounds at 6e-8, and 40 steps add to it."""
+    assert a.keys() == b.keys()
+    assert max(abs(a[step] - b[step]) for step in a) <= 1e-5
+
+
+def weights(log_dir: Path) -> bytes:
+    return (list(checkpoint.saves(log_dir).values())[-1] / "model.safetensors").read_bytes()
+
+
+# The recipe
+
+
+def test_a_run_equals_a_straightforward_loop_over_transformers(tmp_path, text):
+    """The whole recipe (rows, accumulation, schedule, decay, clipping) against code that shares none of it."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=32, n_layer=2, n_head=2, n_inner=128))
+    theirs.save_pretrained(tmp_path / "start")
+    recipe = "--max_lr 2e-3 --min_lr 5e-4 --warmup_steps 3 --weight_decay 0.3 --grad_clip 0.7 --seed 5"
+    flags = SMALL[SMALL.index("--total_batch_size") :] + recipe.split() + ["--micro_batch_size", "2"]
+    paths = ["--data", text, "--init_from", tmp_path / "start", "--log_dir", tmp_path / "log"]
+    run("train_gpt2.py", *flags, *paths)
+
+    content = text.read_text()
+    ids = np.array(tokens.gpt2_encoding().encode_ordinary(content[: len(content) * 9 // 10]))
+    n, T, R = (len(ids) - 1) // 32, 32, 8
+    decay = [p for p in theirs.parameters() if p.dim() > 1]
+    rest = [p for p in theirs.parameters() if p.dim() == 1]
+    groups = [dict(params=decay, weight_decay=0.3), dict(params=rest, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=False)
+    theirs.eval()  # no dropout
+    order = np.random.default_rng((5, 0)).permutation(n)
+    expected = {}
+    for step in range(8):
+        rows = torch.tensor(np.stack([ids[i * T : i * T + T + 1] for i in order[step * R : step * R + R]]))
+        logits = theirs(rows[:, :-1]).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.7).item()
+        lr = 2e-3 * (step + 1) / 3 if step < 3 else 5e-4 + 0.5 * (1 + math.cos(math.pi * (step - 3) / 5)) * 1.5e-3
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        expected[step] = (loss.item(), norm, lr)
+    for row in csv.DictReader(open(tmp_path / "log/steps.csv")):
+        loss, norm, lr = expected[int(row["step"])]
+        assert float(row["loss"]) == pytest.approx(loss, abs=1e-5)
+        assert float(row["norm"]) == pytest.approx(norm, rel=1e-4)
+        assert float(row["lr"]) == pytest.approx(lr, rel=1e-6)
+    assert norm > 0.7  # clipping was at work
+
+
+@pytest.fixture(scope="module")
+def forty_steps(tmp_path_factory):
+    """One rank, one micro-batch of eight rows a step, for 40 steps."""
+    directory = tmp_path_factory.mktemp("forty")
+    text = directory / "text.txt"
+    text.write_text((ROOT / "input.txt").read_text()[:40000])
+    train(text, directory / "log", "--max_steps", 40, "--micro_batch_size", 8)
+    return text, directory / "log"
+
+
+def test_eight_micro_batches_of_one_row_equal_one_of_eight(tmp_path, forty_steps):
+    text, log = forty_steps
+    train(text, tmp_path, "--max_steps", 40, "--micro_batch_size", 1)
+    assert_close(losses(log), losses(tmp_path))
+    assert_close(losses(log, "val"), losses(tmp_path, "val"))
+    assert losses(log)[39] < losses(log)[0] - 1
+
+
+def test_two_ranks_equal_one(tmp_path, forty_steps):
+    text, log = forty_steps
+    train(text, tmp_path, "--max_steps", 40, "--micro_batch_size", 2, ranks=2)
+    assert_close(losses(log), losses(tmp_path))
+    assert_close(losses(log, "val"), losses(tmp_path, "val"))
+
+
+def test_two_ranks_equal_one_with_dropout_at_equal_micro_batch(tmp_path, text):
+    options = "--max_steps", 40, "--micro_batch_size", 2, "--dropout", 0.2
+    train(text, tmp_path / "one", *options)
+    train(text, tmp_path / "two", *options, ranks=2)
+    assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"))
+
+
+# Stopping and going on
+
+
+def start(text, log_dir, *flags, ranks=1) -> subprocess.Popen:
+    line = command("train_gpt2.py", *SMALL, "--data", text, "--log_dir", log_dir, *flags, ranks=ranks)
+    return subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(log_dir: Path, step: int, process: subprocess.Popen) -> None:
+    while not ((log_dir / "log.txt").exists() and f"\n{step} train" in (log_dir / "log.txt").read_text()):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("ranks, number, status", [(1, signal.SIGTERM, 143), (1, signal.SIGINT, 130), (2, None, 1)])
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, text, ranks, number, status):
+    """Bit for bit, with dropout; on two ranks the signal goes to one of them, and both stop at the same step."""
+    options = "--max_steps", 60, "--dropout", 0.1, "--save_every", 7
+    train(text, tmp_path / "whole", *options, ranks=ranks)
+    process = start(text, tmp_path / "cut", *options, ranks=ranks)
+    wait_for_step(tmp_path / "cut", 5, process)
+    if ranks == 1:
+        process.send_signal(number)
+    else:
+        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        subprocess.run(["kill", "-TERM", workers[-1]])
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == status, output
+    (stopped,) = [line for line in output.splitlines() if line.startswith("stopped by")]
+    assert "add --resume to go on" in stopped
+    assert len(read_log(tmp_path / "cut")) < 60
+    done = train(text, tmp_path / "cut", *options, "--resume", ranks=ranks)
+    assert "resumed" in done.stdout
+    for name in "train", "val":
+        assert read_log(tmp_path / "whole", name) == read_log(tmp_path / "cut", name)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
+    table = list(csv.DictReader(open(tmp_path / "cut/steps.csv")))
+    assert [int(row["step"]) for row in table] == list(range(60))
+
+
+def test_resume_with_flags_left_out_and_with_nothing_there(tmp_path, text):
+    first = train(text, tmp_path / "log", "--resume", "--max_steps", 4)  # nothing to resume: it starts
+    assert "resumed" not in first.stdout
+    again = run("train_gpt2.py", "--resume", "--log_dir", tmp_path / "log", "--device", "cpu")
+    assert "at step 4" in again.stdout and list(read_log(tmp_path / "log")) == [0, 1, 2, 3]
+
+
+def test_a_resumed_run_says_what_may_change_and_did(tmp_path, text):
+    train(text, tmp_path, "--max_steps", 4)
+    done = run("train_gpt2.py", "--resume", "--log_dir", tmp_path, "--device", "cpu", "--micro_batch_size", 2)
+    assert "micro_batch_size 8 → 2" in done.stdout
+
+
+def test_ranks_and_micro_batch_may_change_in_mid_run(tmp_path, forty_steps):
+    text, log = forty_steps
+    process = start(text, tmp_path, "--max_steps", 40)
+    wait_for_step(tmp_path, 10, process)
+    process.terminate()
+    assert process.wait() == 143
+    train(text, tmp_path, "--max_steps", 40, "--micro_batch_size", 4, "--resume", ranks=2)
+    assert_close(losses(log), losses(tmp_path))
+
+
+# What a run leaves
+
+
+def test_log_and_checkpoint(tmp_path, text):
+    done = train(text, tmp_path, "--sample_every", 8, "--keep", 1, "--save_every", 2)
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    expected = "0 val,0 train,1 train,2 train,3 train,4 val,4 train,5 train,6 train,7 train,8 val"
+    assert [line.rsplit(" ", 1)[0] for line in lines] == expected.split(",")
+    table = list(csv.DictReader(open(tmp_path / "steps.csv")))
+    assert list(table[0]) == ["step", "tokens", "loss", "lr", "norm", "seconds"]
+    assert [int(row["tokens"]) for row in table] == [256 * (i + 1) for i in range(8)]
+    assert [row["loss"] for row in table] == list(read_log(tmp_path).values())
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts["config"]["max_steps"] == 8 and facts["parameters"] == 50257 * 64 + 32 * 64 + 2 * 49984 + 128
+    # The newest, and the best by validation loss of those that were evaluated.
+    assert [p.name for p in sorted(tmp_path.glob("step_*"))] == ["step_000004", "step_000008"]
+    assert sorted(p.name for p in (tmp_path / "step_000008").iterdir()) == [
+        "checkpoint.json", "config.json", "merges.txt", "model.safetensors", "tokenizer_config.json",
+        "trainer_state.pt", "vocab.json",
+    ]  # fmt: skip
+    assert done.stdout.count("> \"Hello, I'm a language model,") == 8  # four before, four after
+    assert "tok/s" in done.stdout and "left" in done.stdout and "MFU n/a" in done.stdout
+
+
+def test_the_last_checkpoint_holds_the_weights_that_were_evaluated(tmp_path, text):
+    train(text, tmp_path)
+    done = run(
+        "train_gpt2.py", *SMALL[SMALL.index("--total_batch_size") :], "--data", text, "--init_from",
+        tmp_path / "step_000008", "--max_steps", 0, "--log_dir", tmp_path / "evaluation",
+    )  # fmt: skip
+    assert losses(tmp_path, "val")[8] == losses(tmp_path / "evaluation", "val")[0]
+    assert not list((tmp_path / "evaluation").glob("step_*")) and "validation loss" in done.stdout
+
+
+def test_validation_is_on_the_same_tokens_for_every_micro_batch(tmp_path, text):
+    """300 tokens are nine rows, which eight does not divide; an independent mean over them is the oracle."""
+    train(text, tmp_path / "a", "--max_steps", 1, "--eval_tokens", 300, "--micro_batch_size", 8)
+    train(text, tmp_path / "b", "--max_steps", 1, "--eval_tokens", 300, "--micro_batch_size", 1, ranks=2)
+    from transformers import GPT2LMHeadModel
+
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "a/step_000001").eval()
+    content = text.read_text()
+    ids = torch.tensor(tokens.gpt2_encoding().encode_ordinary(content[len(content) * 9 // 10 :]))
+    window = ids[: 9 * 32 + 1]
+    logits = model(window[:-1].view(9, 32)).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), window[1:]).item()
+    assert losses(tmp_path / "a", "val")[1] == pytest.approx(expected, abs=1e-5)
+    assert losses(tmp_path / "b", "val")[1] == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_older_run_is_moved_aside_and_nothing_else(tmp_path, text):
+    train(text, tmp_path)
+    log = (tmp_path / "log.txt").read_bytes()
+    (tmp_path / "notes.md").write_text("mine")
+    done = train(text, tmp_path, "--max_steps", 2)
+    (old,) = tmp_path.glob("old-*")
+    assert "--resume" in done.stdout and str(old) in done.stdout
+    assert (old / "log.txt").read_bytes() == log
+    assert sorted(p.name for p in old.iterdir()) == ["log.txt", "run.json", "step_000004", "step_000008", "steps.csv"]
+    assert (tmp_path / "notes.md").read_text() == "mine" and len(read_log(tmp_path)) == 2
+
+
+def test_fine_tuning_takes_the_shape_from_the_model(tmp_path, text):
+    train(text, tmp_path / "first", "--max_steps", 2)
+    flags = "--init_from", tmp_path / "first/step_000002", "--data", text, "--total_batch_size", 64, "--device", "cpu"
+    common = "--max_steps", 3, "--eval_every", 0, "--sample_every", 0, "--log_dir", tmp_path / "second"
+    run("train_gpt2.py", *flags, *common, "--seq_len", 16)
+    config = json.loads((tmp_path / "second/run.json").read_text())["config"]
+    assert (config["n_layer"], config["n_embd"], config["seq_len"]) == (2, 64, 16)
+    assert (config["max_lr"], config["min_lr"], config["warmup_steps"]) == (3e-5, 3e-5, 0)
+    saved = json.loads((tmp_path / "second/step_000003/config.json").read_text())
+    assert saved["n_positions"] == 16
+    refused = run("train_gpt2.py", *flags, *common, "--seq_len", 33, status=2)
+    assert "--seq_len 33: --init_from has positions for 32 tokens" in refused.stderr
+
+
+def test_shards_are_read_in_both_formats(tmp_path, text):
+    ids = np.array(tokens.gpt2_encoding().encode_ordinary(text.read_text()), dtype=np.uint16)
+    logs = []
+    for kind in "npy", "bin":
+        (tmp_path / kind).mkdir()
+        for name, part in ("val_000000", ids[:1000]), ("train_000001", ids[1000:5000]), ("train_000002", ids[5000:]):
+            path = tmp_path / kind / f"edufineweb_{name}.{kind}"
+            if kind == "npy":
+                tokens.write_shard(path, part)
+            else:
+                header = np.zeros(256, dtype="<i4")
+                header[:3] = 20240520, 1, len(part)
+                path.write_bytes(header.tobytes() + part.tobytes())
+        train(tmp_path / kind, tmp_path / f"log-{kind}")
+        logs.append(read_log(tmp_path / f"log-{kind}"))
+    assert logs[0] == logs[1]
+
+
+# Speed, memory, faults
+
+
+def test_compiled_equals_eager_and_leaves_no_trace_in_names(tmp_path, text):
+    shape = "--n_layer", 1, "--max_steps", 3, "--sample_every", 2, "--dropout", 0.0
+    train(text, tmp_path / "eager", *shape)
+    done = train(text, tmp_path / "compiled", *shape, "--compile", "on")
+    assert ", compiled" in done.stdout
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-4)
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "compiled/step_000003/model.safetensors", "pt") as f:
+        assert all(name.startswith("transformer.") for name in f.keys())
+
+
+def test_without_a_compiler_the_run_goes_on_and_says_so(tmp_path, text):
+    path = tmp_path / "bin"
+    path.mkdir()
+    done = train(text, tmp_path / "log", "--max_steps", 2, "--compile", "on", env={"PATH": str(path), "CXX": ""})
+    assert "not compiled: torch.compile needs a C++ compiler, and there is none" in done.stdout
+
+
+def test_a_compiler_that_fails_is_no_end_either(tmp_path, text):
+    fake = tmp_path / "g++"
+    fake.write_text("#!/bin/sh\necho no headers >&2\nexit 1\n")
+    fake.chmod(0o755)
+    env = {"CXX": str(fake), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = train(text, tmp_path / "log", "--max_steps", 2, "--compile", "on", env=env)
+    assert "not compiled: torch.compile failed here" in done.stdout
+
+
+FAULTY = """
+import os, sys, torch
+sys.path.insert(0, {root!r})
+import train_gpt2
+from model import GPT
+rank, whole = int(os.environ.get("RANK", 0)), GPT.forward
+calls = 0
+
+def forward(self, idx, targets=None):
+    global calls
+    calls += self.training
+{fault}
+    return whole(self, idx, targets)
+
+GPT.forward = forward
+sys.exit(train_gpt2.main())
+"""
+
+
+def train_with_fault(tmp_path, text, fault: str, *flags, **kwargs):
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY.format(root=str(ROOT), fault=fault))
+    return run(script, *SMALL, "--data", text, "--log_dir", tmp_path / "log", *flags, **kwargs)
+
+
+def test_out_of_memory_on_one_of_two_ranks_halves_both(tmp_path, text):
+    fault = "    if rank == 1 and idx.size(0) > 1: raise torch.OutOfMemoryError('CUDA out of memory')"
+    done = train_with_fault(tmp_path, text, fault, "--micro_batch_size", 4, ranks=2)
+    assert "out of memory: micro-batch 4 → 1, the total batch stays" in done.stdout
+    train(text, tmp_path / "reference", "--micro_batch_size", 1)
+    assert_close(losses(tmp_path / "log"), losses(tmp_path / "reference"))
+
+
+def test_out_of_memory_with_one_row_is_one_line(tmp_path, text):
+    fault = "    raise torch.OutOfMemoryError('CUDA out of memory')"
+    done = train_with_fault(tmp_path, text, fault, status=2)
+    assert (
+        done.stderr
+        == "train_gpt2.py: error: out of memory with one row of 32 tokens: try a smaller --preset or --seq_len\n"
+    )
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_loss_that_is_not_finite_stops_all_ranks_before_any_weight_changes(tmp_path, text, ranks):
+    fault = f"    if rank == {ranks - 1} and calls == 8: return None, whole(self, idx, targets)[1] * float('nan')"
+    flags = "--micro_batch_size", 8 // ranks, "--save_every", 3
+    done = train_with_fault(tmp_path, text, fault, *flags, ranks=ranks, status=3 if ranks == 1 else 1)
+    assert "step 6: loss nan" in done.stderr and "stopped before any weight changed" in done.stderr
+    assert list(read_log(tmp_path / "log")) == list(range(6))
+    directory, record, passed_over = checkpoint.newest(tmp_path / "log")
+    assert record["step"] == 6 and not passed_over
+    model, _ = checkpoint.load(directory)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+# As printed
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """What git has of the project, and nothing else."""
+    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    for name in names.stdout.split():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def test_the_first_command_as_printed(clone):
+    line = [sys.executable, "train_gpt2.py"]
+    process = subprocess.Popen(line, cwd=clone, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("step 1: loss"):
+            process.terminate()
+    assert process.wait() == 143
+    output = "".join(lines)
+    assert "tiny (the default on cpu): 4 layers, 4 heads, 256 wide, context 128" in output
+    assert "input.txt (text, the default with no shards in edu_fineweb10B/): 301,966 training tokens" in output
+    assert "GPT-2 124M in full: python fineweb.py && torchrun --nproc_per_node=8 train_gpt2.py --preset gpt2" in output
+    assert checkpoint.newest(clone / "log")[0] is not None
+
+
+def test_eight_ranks_as_printed(clone):
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=8", "train_gpt2.py"]
+    few = ["--max_steps", "2", "--eval_tokens", "2048", "--sample_every", "0"]
+    done = subprocess.run(line + few, cwd=clone, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "8 × cpu" in done.stdout and "1 × 2 rows a step" in done.stdout
+    assert checkpoint.newest(clone / "log")[1]["step"] == 2

@@ -1,0 +1,1033 @@
+"""Train GPT-2: the same script on a laptop and on eight GPUs.
+
+python train_gpt2.py                               the default for this machine and the data that is there
+torchrun --nproc_per_node=8 train_gpt2.py          one process per GPU
+python train_gpt2.py --init_from gpt2 --data my.txt    fine-tune on a text of yours
+python train_gpt2.py --resume                      go on where the run in log/ stopped
+"""
+
+import argparse
+import ctypes
+import difflib
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime, timedelta
+from functools import lru_cache
+from importlib.util import find_spec
+from itertools import count
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from filelock import FileLock, Timeout
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
+from tqdm import tqdm
+
+import checkpoint
+import hellaswag
+from model import GPT, GPT2_VOCAB_SIZE, SIZES, GPTConfig
+from tokens import ShardError, gpt2_encoding, open_shard, shard_paths
+
+ROOT = Path(__file__).resolve().parent
+FULL_RUN = "python fineweb.py && torchrun --nproc_per_node=8 train_gpt2.py --preset gpt2"
+
+
+class RunError(Exception):
+    """What ends a run with one line for its user, and this exit status: 2 usage, 3 not finite, 4 disk or network."""
+
+    def __init__(self, message: str, status: int = 2):
+        super().__init__(message, status)
+        self.status = status
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Options
+
+# Laid over the defaults of TrainConfig, which are the published recipe of GPT-2 124M, and under the user's flags.
+PRESETS = {
+    "tiny": dict(
+        n_layer=4, n_head=4, n_embd=256, seq_len=128, total_batch_size=2048, max_steps=500, max_lr=3e-3,
+        eval_every=100, eval_tokens=32768, hellaswag_every=0, sample_every=100, save_every=100,
+    ),
+    "small": dict(
+        n_layer=6, n_head=6, n_embd=384, seq_len=256, total_batch_size=8192, max_steps=500, max_lr=2e-3,
+        eval_every=100, eval_tokens=32768, hellaswag_every=0, sample_every=100, save_every=100,
+    ),
+    **SIZES,
+}  # fmt: skip
+
+
+def option(default, text: str, low: float = -math.inf, high: float = math.inf, choices: tuple = ()):
+    """A field of TrainConfig: its default, its line of help, and the values that are allowed."""
+    return field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The options of a run. None stands for what is worked out when the run starts, as the help says."""
+
+    preset: str | None = option(
+        None, "size and recipe to start from (default: by device and data)", choices=(*PRESETS,)
+    )
+    n_layer: int = option(12, "layers", low=1)
+    n_head: int = option(12, "attention heads per layer", low=1)
+    n_embd: int = option(768, "width of the residual stream", low=1)
+    bias: bool = option(True, "biases in linear maps and LayerNorms, as GPT-2 has them")
+    data: str | None = option(
+        None,
+        "directory of token shards, or a UTF-8 text file (default: edu_fineweb10B/ if it is there, else input.txt)",
+    )
+    log_dir: str = option("log", "directory of this run's log and saves")
+    init_from: str | None = option(None, "fine-tune this model: a directory, or a name on the Hugging Face hub")
+    resume: str | None = option(None, "go on from a save: that directory, or alone the newest in log_dir")
+    max_steps: int | None = option(
+        None, "optimizer steps; 0 only evaluates (default: 19,073, or one epoch of shards under 9.5B tokens)", low=0
+    )
+    total_batch_size: int = option(524288, "tokens per optimizer step, over all ranks", low=1)
+    micro_batch_size: int | None = option(
+        None, "rows of seq_len tokens per forward pass and rank (default: the most that divide and should fit)", low=1
+    )
+    seq_len: int = option(1024, "tokens per row, the model's context", low=1)
+    max_lr: float = option(6e-4, "learning rate after warm-up", low=0)
+    min_lr: float | None = option(None, "learning rate at the end of the cosine (default: max_lr / 10)", low=0)
+    warmup_steps: int | None = option(None, "steps of linear warm-up (default: 715, at most max_steps / 10)", low=0)
+    weight_decay: float = option(0.1, "decay of matrices and embeddings", low=0)
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0 for no limit", low=0)
+    dropout: float = option(0.0, "in embedding, attention and residual", low=0, high=0.99)
+    seed: int = option(1337, "of weights, order of rows, dropout", low=0, high=2**31)
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = option("auto", "precision of matrix products", choices=("auto", "float32", "bfloat16", "float16"))
+    compile: str = option("auto", "torch.compile: auto where it can work and pays", choices=("auto", "on", "off"))
+    eval_every: int = option(250, "steps between evaluations on the validation tokens; 0 for none", low=0)
+    eval_tokens: int = option(10485760, "validation tokens per evaluation, however many ranks", low=1)
+    hellaswag_every: int = option(250, "steps between HellaSwag exams; 0 for none", low=0)
+    sample_every: int = option(250, "steps between samples; 0 for none", low=0)
+    save_every: int = option(1000, "steps between saves; 0 for one at the end", low=0)
+    keep: int = option(2, "newest saves to keep, besides the best by validation loss", low=1)
+    dist_timeout: float = option(600.0, "seconds until a rank that waits for another gives up", low=1)
+
+
+# What may not change when a run is resumed: with any of these changed it would be another run.
+FIXED = (
+    "n_layer n_head n_embd bias init_from max_steps total_batch_size seq_len max_lr min_lr warmup_steps weight_decay "
+    "grad_clip dropout seed"
+).split()
+
+
+def parse_flags(argv: list[str] | None) -> dict:
+    """The options given on the command line and no others, each checked by itself. Raises RunError."""
+    presets = "\n".join(f"  {name:12}" + " ".join(f"{k}={v}" for k, v in p.items()) for name, p in PRESETS.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"presets, laid under your flags:\n{presets}\n\nthe full reproduction: {FULL_RUN}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    for f in fields(TrainConfig):
+        kind = next(t for t in (*get_args(f.type), f.type) if t is not type(None))
+        text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
+        if kind is bool:
+            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
+        elif f.name == "resume":
+            parser.add_argument("--resume", nargs="?", const="newest", metavar="DIR", help=text)
+        else:
+            choices = f.metadata["choices"] or None
+            parser.add_argument(
+                f"--{f.name}", type=kind, choices=choices, help=text, metavar=None if choices else kind.__name__.upper()
+            )
+    try:
+        namespace, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as e:
+        raise RunError(str(e).removeprefix("argument ")) from None
+    if unknown:
+        known = [f"--{f.name}" for f in fields(TrainConfig)]
+        close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}?" if close else "see --help"
+        raise RunError(f"{unknown[0]}: there is no such option; {hint}")
+    given = vars(namespace)
+    for f in fields(TrainConfig):
+        value, low, high = given.get(f.name), f.metadata["low"], f.metadata["high"]
+        if isinstance(value, int | float) and not (low <= value <= high and math.isfinite(value)):
+            bounds = f"at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+            raise RunError(f"--{f.name} {value}: must be {bounds}, and finite")
+    return given
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Ranks
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run and this one's place among them; without torchrun there is one."""
+
+    rank: int
+    local_rank: int
+    size: int
+    local_size: int  # on this host
+    device: torch.device
+
+    @classmethod
+    def start(cls, device: str, timeout: float) -> "Ranks":
+        """Choose this rank's device and meet the others. Raises RunError."""
+        rank, local_rank, size, local_size = (
+            int(os.environ.get(name, default))
+            for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
+        )
+        has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+        if device == "auto":
+            device = next(d for d in has if has[d])
+        if not has[device]:
+            raise RunError(f"--device {device}: PyTorch finds no such device here; try --device auto")
+        if device == "mps" and size > 1:
+            raise RunError(f"--device mps: one rank at most, not {size}; leave torchrun out, or use --device cpu")
+        if device == "cuda":
+            if local_size > torch.cuda.device_count():
+                n = torch.cuda.device_count()
+                raise RunError(f"{local_size} ranks on a host with {n} GPUs: use --nproc_per_node={n} or --device cpu")
+            device = f"cuda:{local_rank}"
+            torch.cuda.set_device(device)
+        if size > 1:
+            backend = "nccl" if device.startswith("cuda") else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        return cls(rank, local_rank, size, local_size, torch.device(device))
+
+    def each(self, fn: Callable):
+        """Run fn on every rank and return its result here; if it raises RunError on any, the first is raised on all."""
+        result, error = None, None
+        try:
+            result = fn()
+        except RunError as e:
+            error = e
+        errors = [error]
+        if self.size > 1:
+            errors = [None] * self.size
+            dist.all_gather_object(errors, error)
+        for e in errors:
+            if e is not None:
+                raise e
+        return result
+
+    def first(self, fn: Callable):
+        """Run fn on rank 0 and return its result on every rank; a RunError is raised on all."""
+        result = [self.each(lambda: fn() if self.rank == 0 else None)]
+        if self.size > 1:
+            dist.broadcast_object_list(result, src=0)
+        return result[0]
+
+    def sum(self, *values: torch.Tensor | float) -> list[float]:
+        """The values added up over all ranks: one collective, one read by the host."""
+        scalar = dict(dtype=torch.float32, device=self.device)  # full() fills on the device: no wait, unlike a copy
+        total = torch.stack([v.to(**scalar) if torch.is_tensor(v) else torch.full((), v, **scalar) for v in values])
+        return self.add(total).tolist()
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensors of all ranks, added up elementwise."""
+        tensor = tensor.to(self.device)
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and validation tokens, as lists of (file name, ids (n,) of uint16), and what tells them from others."""
+
+    train: list[tuple[str, np.ndarray]]
+    val: list[tuple[str, np.ndarray]]
+    is_text: bool
+    fingerprint: dict[str, int | str]
+
+
+def open_data(path: Path) -> Data:
+    """A directory of shards, or a text file, whose last tenth is for validation. Raises RunError."""
+    try:
+        if path.is_dir():
+            files = {split: [(p.name, open_shard(p)) for p in shard_paths(path, split)] for split in ("train", "val")}
+            for name, tokens in files["train"] + files["val"]:
+                for start in 0, max(0, len(tokens) - 2048):  # its first and last page; the rest as it is read
+                    check_ids(name, start, tokens[start : start + 2048])
+            fingerprint = {name: len(tokens) for name, tokens in files["val"] + files["train"]}
+            if (path / "manifest.json").exists():
+                fingerprint["manifest.json"] = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
+            return Data(files["train"], files["val"], False, fingerprint)
+        content = path.read_bytes()
+        text = content.decode("utf-8")
+    except FileNotFoundError:
+        raise RunError(f"--data {path}: no such file or directory") from None
+    except UnicodeDecodeError as e:
+        raise RunError(f"--data {path}: not UTF-8 text (byte {e.start:,}); token shards go into a directory") from None
+    except (ShardError, OSError) as e:
+        raise RunError(f"--data {path}: {e}") from None
+    cut = len(text) * 9 // 10
+    encode = gpt2_encoding().encode_ordinary
+    train = [(path.name, np.array(encode(text[:cut]), dtype=np.uint16))]
+    val = [(f"the last tenth of {path.name}", np.array(encode(text[cut:]), dtype=np.uint16))]
+    return Data(train, val, True, {path.name: hashlib.sha256(content).hexdigest()})
+
+
+def check_ids(name: str, start: int, ids: np.ndarray) -> None:
+    """Raise RunError if any of a file's ids, which begin at position start in it, is none of GPT-2's."""
+    if ids.max() >= GPT2_VOCAB_SIZE:
+        at = int(np.argmax(ids >= GPT2_VOCAB_SIZE))
+        raise RunError(f"{name}: token {start + at:,} is {ids[at]}, but GPT-2's ids end at {GPT2_VOCAB_SIZE - 1}")
+
+
+class DataLoaderLite:
+    """Batches that are a pure function of the step: no state to save, no rank that drifts, no token dropped.
+
+    The files, end to end, are one stream of N tokens. Row i is tokens [i·T, i·T + T]: T inputs and, one further on,
+    T targets; there are (N - 1) // T rows, and an epoch is each of them once, in an order drawn from (seed, epoch).
+    Shards keep the stream's order in the first epoch. Global row g of a run is row order(g // n)[g % n].
+    """
+
+    def __init__(self, files: list[tuple[str, np.ndarray]], T: int, seed: int = 0, shuffle_first: bool = False):
+        self.files, self.T, self.seed, self.shuffle_first = files, T, seed, shuffle_first
+        self.starts = np.cumsum([0] + [len(tokens) for _, tokens in files])  # of each file in the stream, and its end
+        self.n_rows = (int(self.starts[-1]) - 1) // T
+        if self.n_rows < 1:
+            raise RunError(
+                f"{files[0][0]}: {self.starts[-1]} tokens are too few for a row of --seq_len {T} and its target"
+            )
+        self.order = lru_cache(maxsize=2)(self.order)  # a batch may span two epochs
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The rows of an epoch, (n_rows), in the order in which they are read."""
+        if epoch == 0 and not self.shuffle_first:
+            return np.arange(self.n_rows)
+        return np.random.default_rng((self.seed, epoch)).permutation(self.n_rows)
+
+    def row_numbers(self, first: int, B: int) -> list[int]:
+        """Which rows of the stream are the global rows [first, first + B)."""
+        return [int(self.order(g // self.n_rows)[g % self.n_rows]) for g in range(first, first + B)]
+
+    def read(self, start: int, n: int) -> np.ndarray:
+        """The n tokens of the stream from start on, across the ends of files: (n,) of uint16. Raises RunError."""
+        parts = []
+        i = int(np.searchsorted(self.starts, start, side="right")) - 1
+        while n > 0:
+            name, tokens = self.files[i]
+            offset = start - int(self.starts[i])
+            part = tokens[offset : offset + n]
+            check_ids(name, offset, part)
+            parts.append(part)
+            start, n, i = start + len(part), n - len(part), i + 1
+        return np.concatenate(parts)
+
+    def rows(self, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of these rows of the stream, each (len(numbers), T) of int64."""
+        window = np.stack([self.read(i * self.T, self.T + 1) for i in numbers]).astype(np.int64)  # (B, T + 1)
+        window = torch.from_numpy(window)
+        return window[:, :-1], window[:, 1:]
+
+    def micro_batches(self, first: int, B: int, stride: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """For ever: the B global rows from `first` on, then those `stride` further, and so on, read one ahead."""
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            ahead = pool.submit(lambda g: self.rows(self.row_numbers(g, B)), first)
+            for g in count(first + stride, stride):
+                ready, ahead = ahead, pool.submit(lambda g: self.rows(self.row_numbers(g, B)), g)
+                yield ready.result()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# From flags to a run's configuration
+
+
+def find_save(given: dict) -> tuple[Path | None, dict | None, list[str]]:
+    """The save to go on from, its record, and what there is to say about others; Nones for a new run."""
+    resume = given.get("resume")
+    if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        resume = "newest"  # torchrun has restarted the ranks after a failure: the run goes on
+    if resume is None:
+        return None, None, []
+    if resume == "newest":
+        directory, record, passed_over = checkpoint.newest(Path(given.get("log_dir", TrainConfig.log_dir)))
+        return directory, record, [f"passed over a save: {reason}" for reason in passed_over]
+    try:
+        return Path(resume), checkpoint.verify(Path(resume)), []
+    except checkpoint.CheckpointError as e:
+        raise RunError(f"--resume {resume}: {e}; --resume alone takes the newest save that verifies") from None
+
+
+def load_pretrained(name_or_dir: str) -> GPT:
+    """The model that --init_from names. Raises RunError."""
+    try:
+        return GPT.from_pretrained(name_or_dir)
+    except (OSError, ValueError, KeyError) as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise RunError(f"--init_from {name_or_dir}: no GPT-2 there, or out of reach: {reason}") from None
+
+
+def request(given: dict, record: dict | None, pretrained: GPTConfig | None, device: torch.device) -> TrainConfig:
+    """What is asked for: the flags, over the preset or the save that is resumed, over the defaults."""
+    if record is not None:
+        saved = record["requested"]
+        changed = given.get("preset", saved["preset"]) != saved["preset"]
+        return TrainConfig(**(saved | (PRESETS[given["preset"]] if changed else {}) | given))
+    shards = Path(given.get("data") or default_data()).is_dir()
+    default = ("gpt2" if shards else "small") if device.type == "cuda" else "tiny" if device.type == "cpu" else "small"
+    preset = given.get("preset", default)
+    values = dict(PRESETS[preset], preset=preset)
+    if pretrained is not None:
+        shape = {name: getattr(pretrained, name) for name in ("n_layer", "n_head", "n_embd", "bias")}
+        for name, value in shape.items():
+            if given.get(name, value) != value:
+                raise RunError(f"--{name} {given[name]}: the model of --init_from has {value}; leave the flag out")
+        if given.get("seq_len", 1) > pretrained.block_size:
+            raise RunError(
+                f"--seq_len {given['seq_len']}: --init_from has positions for {pretrained.block_size} tokens"
+            )
+        values |= shape | dict(seq_len=pretrained.block_size, max_lr=3e-5)
+    return TrainConfig(**(values | given))
+
+
+def default_data() -> str:
+    """The prepared shards if they are here, else the text that comes with the project."""
+    shards = ROOT / "edu_fineweb10B"
+    return str(shards if shards.is_dir() and any(shards.glob("*train*")) else ROOT / "input.txt")
+
+
+def resolve(config: TrainConfig, data: Data, ranks: Ranks) -> TrainConfig:
+    """The configuration with nothing left open. Raises RunError where it does not work out."""
+    T, total = config.seq_len, config.total_batch_size
+    steps, min_lr, warmup = config.max_steps, config.min_lr, config.warmup_steps
+    if steps is None:
+        n_tokens = sum(len(tokens) for _, tokens in data.train)
+        steps = 19073 if data.is_text or n_tokens >= 9.5e9 else max(1, n_tokens // total)
+    if min_lr is None:
+        min_lr = config.max_lr if config.init_from else config.max_lr / 10
+    if warmup is None:
+        warmup = 0 if config.init_from else min(715, steps // 10)
+    if min_lr > config.max_lr:
+        raise RunError(f"--min_lr {min_lr:g}: larger than --max_lr {config.max_lr:g}")
+    if config.n_embd % config.n_head:
+        fits = [h for h in range(1, config.n_embd + 1) if config.n_embd % h == 0]
+        near = sorted(fits, key=lambda h: abs(h - config.n_head))[:3]
+        raise RunError(f"--n_head {config.n_head}: does not divide --n_embd {config.n_embd}; near it {sorted(near)} do")
+
+    B = config.micro_batch_size
+    unit = (B or 1) * T * ranks.size
+    if total % unit:
+        near = [n * unit for n in (total // unit, total // unit + 1) if n]
+        fits = [n for n in range(1, total // ((B or 1) * T) + 1) if total % ((B or 1) * T * n) == 0]
+        raise RunError(
+            f"--total_batch_size {total}: not a multiple of {unit} = "
+            + (f"micro_batch_size {B} × " if B else "")
+            + f"seq_len {T} × {ranks.size} rank{'s' * (ranks.size > 1)}; {' and '.join(map(str, near))} would be"
+            + (f", or {'/'.join(map(str, fits))} ranks" if fits and ranks.size > 1 else "")
+        )
+    rows = total // (T * ranks.size)  # a step's rows for each rank
+    B = B or divisor_up_to(rows_that_fit(config, ranks), rows)
+    return replace(config, max_steps=steps, min_lr=min_lr, warmup_steps=warmup, micro_batch_size=B)
+
+
+def divisor_up_to(limit: int, n: int) -> int:
+    """The largest divisor of n that is at most limit, or 1."""
+    return max(d for d in range(1, n + 1) if n % d == 0 and (d == 1 or d <= limit))
+
+
+def rows_that_fit(config: TrainConfig, ranks: Ranks) -> int:
+    """An estimate of the largest micro-batch, from the memory that is free now. (Too large a one is halved later.)
+
+    Weights, gradients and Adam's moments take 16 bytes a parameter. A token's activations in mixed precision take
+    about 48 bytes a channel and layer, and its logits about 10 bytes an entry (bfloat16, float32, gradient).
+    """
+    if ranks.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(ranks.device)
+    elif ranks.device.type == "mps":
+        free = torch.mps.recommended_max_memory()
+    else:
+        meminfo = Path("/proc/meminfo")  # elsewhere than on Linux, assume a laptop
+        lines = dict(line.split(":") for line in meminfo.read_text().splitlines()) if meminfo.exists() else {}
+        free = int(lines.get("MemAvailable", "8000000 kB").split()[0]) * 1024 / ranks.local_size
+    parameters = 12 * config.n_layer * config.n_embd**2 + (GPT2_VOCAB_SIZE + config.seq_len) * config.n_embd
+    per_token = 48 * config.n_layer * config.n_embd + 10 * GPT2_VOCAB_SIZE
+    return int((0.8 * free - 16 * parameters) / (per_token * config.seq_len))
+
+
+def refuse_changes(config: TrainConfig, data: Data, directory: Path, record: dict) -> None:
+    """Raise RunError if this would be another run than the one saved."""
+    old = record["config"] | dict(data=record["data"])
+    new = asdict(config) | dict(data=data.fingerprint)
+    changes = [f"{name} {old[name]} → {new[name]}" for name in (*FIXED, "data") if old[name] != new[name]]
+    if changes:
+        raise RunError(f"--resume {directory}: these may not change in mid-run: {', '.join(changes)}; start a new run?")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Precision, speed, memory
+
+
+def keep_pages() -> None:
+    """Tell glibc to keep the memory it has: on a CPU, fresh pages for every large tensor cost as much as arithmetic."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TOP_PAD, 256 * 2**20)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The precision of matrix products: as asked, or the fastest that this device is built for."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu" and Path("/proc/cpuinfo").exists():
+        if {"avx512_bf16", "amx_bf16", "bf16"} & set(Path("/proc/cpuinfo").read_text().split()):
+            return torch.bfloat16
+    return torch.float32
+
+
+# Compiling takes about a minute and then saves a third of the time on a GPU, a twentieth on a CPU: it pays in runs of
+# more floating-point operations than these.
+COMPILE_PAYS = dict(cuda=5e16, cpu=3e14)
+
+
+def why_eager(config: TrainConfig, device: torch.device, flops: float) -> str | None:
+    """Why a run of so many floating-point operations is not compiled, or None if it is."""
+    if config.compile == "off":
+        return "--compile off"
+    if device.type == "mps":
+        return "torch.compile is not ready for MPS"
+    if device.type == "cuda" and not find_spec("triton"):
+        return "torch.compile needs Triton, which is not installed"
+    if device.type == "cpu" and not any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "clang++", "cl")):
+        return "torch.compile needs a C++ compiler, and there is none"
+    if config.compile == "auto" and flops < COMPILE_PAYS[device.type]:
+        return "compiling would take longer than it saves in so short a run"
+    return None
+
+
+# Dense matrix peak in 16 bit with float32 accumulation, FLOP/s, from the vendors' data sheets.
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12,
+    "A100": 312e12, "A10G": 70e12, "A10": 125e12, "A40": 149.7e12, "L40S": 362e12, "L4": 121e12, "V100": 125e12,
+    "T4": 65e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """What this device could do at most, for the MFU (model FLOPs utilisation); None where that is not known."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
+
+
+def prepare(
+    raw_model: GPT, config: TrainConfig, ranks: Ranks, amp, eager: str | None
+) -> tuple[nn.Module, int, str | None]:
+    """Compile, wrap for DDP, and try a first forward and backward pass, with a smaller micro-batch or uncompiled where
+    it fails. Returns the module to train with, the micro-batch, and why it is eager (None if compiled).
+
+    The trial runs without gradient synchronisation, so a rank that fails leaves none waiting; then all agree.
+    """
+    B, T = config.micro_batch_size, config.seq_len
+    rows = config.total_batch_size // (T * ranks.size)
+    while True:
+        model = raw_model if eager else torch.compile(raw_model, dynamic=False)
+        if ranks.size > 1:
+            ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+            model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        problem, moments, idx = "", None, None
+        try:
+            moments = [torch.empty_like(p) for p in raw_model.parameters() for _ in range(2)]  # Adam's, still to come
+            idx = torch.zeros(B, T, dtype=torch.int64, device=ranks.device)
+            with model.no_sync() if ranks.size > 1 else nullcontext(), amp:
+                model(idx, idx)[1].backward()
+        except RuntimeError as e:
+            if not eager and isinstance(e, torch._dynamo.exc.BackendCompilerFailed):
+                problem = "compiler"
+            elif isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
+                problem = "memory"
+            else:
+                raise
+        del moments, idx
+        raw_model.zero_grad(set_to_none=True)
+        no_compiler, no_memory = ranks.sum(problem == "compiler", problem == "memory")
+        if no_compiler:
+            eager = "torch.compile failed here; is there a C++ compiler, with Python's headers?"
+        elif not no_memory:
+            return model, B, eager
+        elif B == 1:
+            raise RunError(f"out of memory with one row of {T} tokens: try a smaller --preset or --seq_len")
+        else:
+            B = divisor_up_to(B // 2, rows)
+        if ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up to max_lr, then a cosine down to min_lr at max_steps (GPT-3: Brown et al., 2020, appendix B)."""
+    if step < config.warmup_steps:
+        return config.max_lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.max_lr - config.min_lr)
+
+
+def dropout_seed(config: TrainConfig, step: int, micro_batch: int) -> int:
+    """For the step's micro-batch of that number, counted over all ranks: so there is no random state to save."""
+    return int(np.random.SeedSequence((config.seed, step, micro_batch)).generate_state(1)[0])
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    micro_batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    step: int,
+    config: TrainConfig,
+    ranks: Ranks,
+    amp: torch.autocast,
+    signals: "Signals",
+) -> tuple[float, float]:
+    """One optimizer step over total_batch_size tokens. Returns the loss before it, over all of them, and the norm of
+    its gradient. Raises RunError, with no weight changed on any rank, if either is not finite."""
+    accumulate = config.total_batch_size // (config.micro_batch_size * config.seq_len * ranks.size)
+    loss_sum = torch.zeros((), device=ranks.device)
+    for m in range(accumulate):
+        x, y = (to_device(t, ranks.device) for t in next(micro_batches))
+        torch.manual_seed(dropout_seed(config, step, m * ranks.size + ranks.rank))
+        model.require_backward_grad_sync = m == accumulate - 1  # DDP: average over the ranks once, with the last
+        with amp:
+            _, loss = model(x, y)
+        loss = loss / accumulate
+        scaler.scale(loss).backward()
+        loss_sum += loss.detach()
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    # The one time in a step that the host waits for the device. (The norm is the same on all ranks, unless one is NaN.)
+    loss, norm, *signals.seen = ranks.sum(loss_sum / ranks.size, norm / ranks.size, *signals.received)
+    # With a scaler an infinite norm is nothing to stop for: it skips the step and halves the scale, until that is gone.
+    if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()) or scaler.get_scale() < 1:
+        raise RunError(f"step {step}: loss {loss:g}, gradient norm {norm:g}; stopped before any weight changed", 3)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, config)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm
+
+
+def to_device(t: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a batch to the device; to a GPU from pinned memory, while it still computes."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+
+
+@torch.no_grad()
+def evaluate(model: GPT, loader: DataLoaderLite, config: TrainConfig, ranks: Ranks, amp: torch.autocast) -> float:
+    """Mean loss over the first eval_tokens of the validation rows: the same rows whatever the micro-batch and ranks."""
+    n = min(loader.n_rows, max(1, config.eval_tokens // config.seq_len))
+    B = config.micro_batch_size
+    total = torch.zeros((), device=ranks.device)
+    for first in range(ranks.rank * B, n, ranks.size * B):
+        numbers = list(range(first, min(first + B, n)))
+        x, y = (to_device(t, ranks.device) for t in loader.rows(numbers))
+        with amp:
+            _, loss = model(x, y)
+        total += loss * len(numbers)
+    (total,) = ranks.sum(total)
+    return total / n
+
+
+def load_exam(seq_len: int) -> tuple[list[hellaswag.Example] | None, str | None]:
+    """HellaSwag's examples, or None and why: a run goes on without. Raises RunError if they do not fit."""
+    try:
+        examples = hellaswag.read_examples(hellaswag.find_file(), hellaswag.render_nanogpt)
+        hellaswag.make_rows(examples, seq_len)
+        return examples, None
+    except hellaswag.HellaSwagError as e:
+        if e.status == 2:
+            raise RunError(f"--hellaswag_every: {e}; 0 leaves the exam out") from None
+        return None, f"no HellaSwag exam: {e}"
+
+
+def take_exam(
+    model: GPT, exam: list[hellaswag.Example], config: TrainConfig, ranks: Ranks, amp: torch.autocast
+) -> float:
+    """The share of HellaSwag that the model gets right by build-nanogpt's acc_norm, each rank doing its part."""
+    with amp:
+        scores, _ = hellaswag.score(model, exam, config.micro_batch_size * config.seq_len, ranks.rank, ranks.size)
+    return hellaswag.judge(ranks.add(scores).cpu(), exam).acc_norm / len(exam)
+
+
+def draw_samples(model: GPT, device: torch.device) -> list[str]:
+    """What the model makes of a beginning: four continuations by 32 tokens, always from the same random numbers."""
+    encoding = gpt2_encoding()
+    prompt = encoding.encode_ordinary("Hello, I'm a language model,")
+    idx = torch.tensor([prompt] * 4, device=device)
+    rows = model.generate(idx, 32, top_k=50, generator=torch.Generator(device).manual_seed(42))
+    return [encoding.decode(row) for row in rows.tolist()]
+
+
+class Signals:
+    """SIGTERM and SIGINT ask the run to finish its step, save and stop; a second one ends it at once."""
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        self.received = [0.0, 0.0]  # by this rank
+        self.seen = [0.0, 0.0]  # by any rank, as all agreed at the end of the last step
+
+    def __call__(self, number: int, frame) -> None:
+        if any(self.received):
+            os._exit(128 + number)
+        self.received[self.numbers.index(number)] = 1.0
+
+    def __enter__(self) -> "Signals":
+        self.before = [signal.signal(number, self) for number in self.numbers]
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in zip(self.numbers, self.before, strict=True):
+            signal.signal(number, handler)
+
+    @property
+    def stopping(self) -> signal.Signals | None:
+        """The signal that the ranks have agreed to stop for."""
+        return next((number for number, seen in zip(self.numbers, self.seen, strict=True) if seen), None)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The run's directory, and the terminal
+
+
+class RunLog:
+    """What a run leaves in its directory and shows on the terminal; rank 0 has one.
+
+    log.txt     `{step} train {loss}`, `{step} val {loss}`, `{step} hella {acc}`: three fields and nothing else
+    steps.csv   step, tokens so far, loss, lr, norm, seconds, for each optimizer step
+    run.json    configuration, versions, hardware, counts
+    """
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.dir = Path(config.log_dir)
+        self.lock = FileLock(self.dir / ".lock")
+        self.bar = None
+        existing = next(p for p in (self.dir, *self.dir.absolute().parents) if p.exists())
+        if not existing.is_dir():
+            raise RunError(f"--log_dir {self.dir}: {existing} is a file, not a directory")
+        if not os.access(existing, os.W_OK):
+            raise RunError(f"--log_dir {self.dir}: {existing} cannot be written to")
+
+    def open(self, resumed: Path | None, step: int, run: dict) -> None:
+        """Lock the directory; move an older run out of the way, or cut the log back to the step it goes on from."""
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise RunError(f"--log_dir {self.dir}: another run is writing there; give this one its own") from None
+        except OSError as e:
+            raise RunError(f"--log_dir {self.dir}: cannot be written to ({e.strerror})") from None
+        checkpoint.clean(self.dir)
+        if resumed is None:
+            self.archive()
+        else:
+            for line in checkpoint.set_aside(self.dir, resumed, step):
+                self.say(line)
+            for path in self.dir / "log.txt", self.dir / "steps.csv":
+                cut(path, step)
+        (self.dir / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        self.text = open(self.dir / "log.txt", "a", encoding="utf-8", buffering=1)  # a line is written when it ends
+        self.table = open(self.dir / "steps.csv", "a", encoding="utf-8", buffering=1)
+        if self.table.tell() == 0:
+            self.table.write("step,tokens,loss,lr,norm,seconds\n")
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=self.config.max_steps, initial=step, unit="step", dynamic_ncols=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.lock.release()
+
+    def archive(self) -> None:
+        """Move the files of the run that lies here, and nothing else, to old-<date-time>/."""
+        names = ("log.txt", "steps.csv", "run.json", "curves.png")
+        files = [p for p in map(self.dir.joinpath, names) if p.exists()] + [*self.dir.glob("step_*")]
+        if files:
+            old = self.dir / f"old-{datetime.now():%Y%m%d-%H%M%S-%f}"
+            old.mkdir()
+            for p in files:
+                p.rename(old / p.name)
+            self.say(f"the run that was in {self.dir} is now in {old} (to go on with one, add --resume)")
+
+    def say(self, line: str) -> None:
+        """Print a line, above the progress bar if there is one."""
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def train(self, step: int, loss: float, lr: float, norm: float, seconds: float, mfu: float | None) -> None:
+        """The step that led to step + 1, which took so many seconds."""
+        batch = self.config.total_batch_size
+        self.text.write(f"{step} train {loss:.9g}\n")
+        self.table.write(f"{step},{(step + 1) * batch},{loss:.9g},{lr:.9g},{norm:.9g},{seconds:.6g}\n")
+        speed = f"{batch / seconds:,.0f} tok/s, MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {speed}", refresh=False)
+            self.bar.update()
+        else:
+            left = timedelta(seconds=round(seconds * (self.config.max_steps - step - 1)))
+            self.say(f"step {step}: loss {loss:.4f}, norm {norm:.3f}, lr {lr:.2e}, {speed}, {left} left")
+
+    def result(self, step: int, name: str, value: float, text: str) -> None:
+        """An evaluation of the weights as they are at a step."""
+        self.text.write(f"{step} {name} {value:.9g}\n")
+        self.say(f"step {step}: {text} {value:.4f}")
+
+    def best_saved_step(self) -> int | None:
+        """The step, among those saved, with the lowest validation loss."""
+        saved = checkpoint.saves(self.dir)
+        lines = [line.split() for line in (self.dir / "log.txt").read_text(encoding="utf-8").splitlines()]
+        losses = {int(step): float(value) for step, name, value in lines if name == "val" and int(step) in saved}
+        return min(losses, key=losses.get, default=None)
+
+
+def cut(path: Path, step: int) -> None:
+    """Keep of a log only the lines of earlier steps: the run that goes on from this one writes the others again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.startswith("step,") or int(re.match(r"\d*", line)[0] or step) < step]
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(path)
+
+
+def facts(config: TrainConfig, ranks: Ranks, model: GPT, data: Data) -> dict:
+    """What to know of a run later on: for run.json."""
+    git = (
+        subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        if shutil.which("git")
+        else None
+    )
+    cuda = ranks.device.type == "cuda"
+    return dict(
+        config=asdict(config),
+        git_commit=git.stdout.strip() or None if git else None,
+        versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
+        hardware=dict(
+            ranks=ranks.size,
+            device=torch.cuda.get_device_name(ranks.device) if cuda else ranks.device.type,
+            machine=platform.machine(),
+            cpus=os.cpu_count(),
+            threads=torch.get_num_threads(),
+        ),
+        parameters=model.num_parameters(),
+        train_tokens=sum(len(tokens) for _, tokens in data.train),
+        val_tokens=sum(len(tokens) for _, tokens in data.val),
+    )
+
+
+def introduce(config: TrainConfig, given: dict, data: Data, ranks: Ranks, model: GPT, dtype, eager: str | None) -> str:
+    """The first lines of a run: what was chosen, and why."""
+    why = "as asked" if "preset" in given else f"the default on {ranks.device.type}"
+    kind = "text" if data.is_text else f"{len(data.train)} training shards"
+    n = sum(len(tokens) for _, tokens in data.train)
+    tokens = config.max_steps * config.total_batch_size
+    chosen = "" if "data" in given else ", the default" + (" with no shards in edu_fineweb10B/" if data.is_text else "")
+    accumulate = config.total_batch_size // (config.micro_batch_size * config.seq_len * ranks.size)
+    return "\n".join(
+        [
+            f"model    {config.preset} ({why}): {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, "
+            f"context {config.seq_len}, {model.num_parameters() / 1e6:,.2f}M parameters"
+            + (f", from {config.init_from}" if config.init_from else ""),
+            f"data     {config.data} ({kind}{chosen}): {n:,} training tokens",
+            f"run      {config.max_steps:,} steps of {config.total_batch_size:,} tokens: {tokens:,}, "
+            f"{tokens / n:.2f} epochs; log and saves in {config.log_dir}/",
+            f"compute  {ranks.size} × {ranks.device.type}, {str(dtype).removeprefix('torch.')}, {accumulate} × "
+            f"{config.micro_batch_size} rows a step, {'compiled' if eager is None else f'not compiled: {eager}'}",
+            f"GPT-2 124M in full: {FULL_RUN}",
+        ]
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def broadcast_optimizer(optimizer: torch.optim.Optimizer, state: dict | None, ranks: Ranks) -> None:
+    """Load on every rank the optimizer state that rank 0 has read: hosts may share no disk."""
+    if ranks.size > 1:
+        layout = ranks.first(lambda: tree_map_only(torch.Tensor, lambda t: t.to("meta"), state))
+        if ranks.rank > 0:
+            state = tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="cpu"), layout)
+    optimizer.load_state_dict(state)
+    if ranks.size > 1:
+        for entry in optimizer.state.values():
+            for value in entry.values():
+                dist.broadcast(value, src=0)
+
+
+def train(given: dict, ranks: Ranks, signals: Signals) -> signal.Signals | None:
+    """A whole run, from flags to the last save. Returns the signal that ended it early, if one did. Raises RunError."""
+    torch.set_float32_matmul_precision("high")  # TF32, for what is left in float32
+    resumed, record, notes = ranks.first(lambda: find_save(given))
+    from_hub = given.get("init_from") if record is None else None
+    raw_model = ranks.each(lambda: load_pretrained(from_hub) if from_hub and ranks.rank == 0 else None)
+    requested = ranks.first(lambda: request(given, record, raw_model and raw_model.config, ranks.device))
+    path = ranks.first(lambda: requested.data or default_data())
+    data = ranks.each(lambda: open_data(Path(path)))
+    config = ranks.first(lambda: replace(resolve(requested, data, ranks), data=path))
+    loader = ranks.each(lambda: DataLoaderLite(data.train, config.seq_len, config.seed, shuffle_first=data.is_text))
+    val_loader = ranks.each(lambda: DataLoaderLite(data.val, config.seq_len))
+    if record is not None:
+        ranks.first(lambda: refuse_changes(config, data, resumed, record))
+    log = ranks.each(lambda: RunLog(config) if ranks.rank == 0 else None)
+    say = log.say if log else lambda line: None
+
+    # The model and the optimizer, from a save, from --init_from, or new; DDP gives all ranks the weights of rank 0.
+    step, state = 0, None
+    if record is not None:
+        step = record["step"]
+        if ranks.rank == 0:
+            raw_model, state = checkpoint.load(resumed)
+    if raw_model is None:
+        shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "bias", "dropout")}
+        torch.manual_seed(config.seed)
+        raw_model = GPT(GPTConfig(block_size=config.seq_len, **shape))
+    raw_model.adapt(config.seq_len, config.dropout)
+    raw_model.to(ranks.device)
+    optimizer = raw_model.configure_optimizers(config.weight_decay, config.max_lr)
+    dtype = choose_dtype(config.dtype, ranks.device)
+    amp = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
+    if record is not None:
+        broadcast_optimizer(optimizer, state and state["optimizer"], ranks)
+        scaler.load_state_dict(ranks.first(lambda: state["scaler"]))
+
+    tokens_left = (config.max_steps - step) * config.total_batch_size
+    eager = why_eager(config, ranks.device, raw_model.flops_per_token() * tokens_left / ranks.size)
+    if tokens_left:
+        model, B, eager = prepare(raw_model, config, ranks, amp, eager)
+        if B < config.micro_batch_size:
+            notes.append(f"out of memory: micro-batch {config.micro_batch_size} → {B}, the total batch stays")
+            config = replace(config, micro_batch_size=B)
+    exam = None
+    if config.hellaswag_every:
+        exam, problem = ranks.first(lambda: load_exam(config.seq_len))
+        notes += [problem] if problem else []
+
+    # From here on the run writes.
+    stamp = dict(requested=asdict(replace(requested, resume=None)), config=asdict(config), data=data.fingerprint)
+    ranks.first(lambda: log.open(resumed, step, facts(config, ranks, raw_model, data)))
+    say(introduce(config, given, data, ranks, raw_model, dtype, eager))
+    for note in notes:
+        say(note)
+    if record is not None:
+        say(f"resumed {resumed} at step {step}" + describe_changes(config, record))
+    B, T, W = config.micro_batch_size, config.seq_len, ranks.size
+    micro_batches = loader.micro_batches(step * (config.total_batch_size // T) + ranks.rank * B, B, stride=W * B)
+    peak = peak_flops(ranks.device, dtype)
+    first_step = step
+
+    def save() -> None:
+        try:
+            state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            path = checkpoint.save(log.dir, step, raw_model, state, stamp)
+            say(f"step {step}: saved {path}")
+        except checkpoint.DiskError as e:
+            raise RunError(str(e), 4) from None
+        for line in checkpoint.prune(log.dir, config.keep, log.best_saved_step()):
+            say(line)
+
+    def due(every: int) -> bool:
+        return every > 0 and (last or step % every == 0)
+
+    try:
+        while True:
+            last = step == config.max_steps
+            stopping = signals.stopping
+            if step > first_step and (last or stopping or due(config.save_every)):
+                ranks.first(save)
+            if stopping:
+                say(f"stopped by {stopping.name} after step {step - 1}; add --resume to go on")
+                return stopping
+            raw_model.eval()
+            if due(config.eval_every):
+                loss = evaluate(raw_model, val_loader, config, ranks, amp)
+                if log:
+                    log.result(step, "val", loss, "validation loss")
+            if due(config.hellaswag_every) and exam is not None:
+                accuracy = take_exam(raw_model, exam, config, ranks, amp)
+                if log:
+                    log.result(step, "hella", accuracy, "HellaSwag accuracy")
+            if due(config.sample_every) and log:
+                with amp:
+                    for text in draw_samples(raw_model, ranks.device):
+                        say(f"  > {text!r}")
+            raw_model.train()
+            if last:
+                return None
+            started = time.perf_counter()
+            loss, norm = train_step(model, optimizer, scaler, micro_batches, step, config, ranks, amp, signals)
+            seconds = time.perf_counter() - started
+            mfu = peak and config.total_batch_size * raw_model.flops_per_token() / (seconds * peak * W)
+            if log:
+                log.train(step, loss, learning_rate(step, config), norm, seconds, mfu)
+            step += 1
+    finally:
+        micro_batches.close()
+        if log:
+            log.close()
+
+
+def describe_changes(config: TrainConfig, record: dict) -> str:
+    """What is otherwise than when the run was saved, of what may be."""
+    old, new = record["config"], asdict(config)
+    changes = [
+        f"{name} {old[name]} → {new[name]}" for name in new if name not in (*FIXED, "resume") and old[name] != new[name]
+    ]
+    return f" ({', '.join(changes)})" if changes else ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run with these flags; returns the exit status."""
+    try:
+        keep_pages()
+        given = parse_flags(argv)
+        ranks = Ranks.start(given.get("device", "auto"), given.get("dist_timeout", TrainConfig.dist_timeout))
+        with Signals() as signals:
+            ended_by = train(given, ranks, signals)
+        return 128 + ended_by if ended_by else 0
+    except RunError as e:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"train_gpt2.py: error: {e}", file=sys.stderr)
+        return e.status
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
