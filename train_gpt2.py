@@ -130,7 +130,7 @@ class TrainConfig:
 # What may not change when a run is resumed: with any of these changed it would be another run.
 FIXED = (
     "n_layer n_head n_embd bias init_from max_steps total_batch_size seq_len max_lr min_lr warmup_steps weight_decay "
-    "grad_clip dropout seed"
+    "grad_clip dropout seed data"
 ).split()
 
 
@@ -243,6 +243,11 @@ class Ranks:
         total = torch.stack([v.to(**scalar) if torch.is_tensor(v) else torch.full((), v, **scalar) for v in values])
         return self.add(total).tolist()
 
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Overwrite the tensor with that of rank 0."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+
     def add(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensors of all ranks, added up elementwise."""
         tensor = tensor.to(self.device)
@@ -263,6 +268,11 @@ class Data:
     val: list[tuple[str, np.ndarray]]
     is_text: bool
     fingerprint: dict[str, int | str]
+
+    @property
+    def n_tokens(self) -> int:
+        """How many there are to train on."""
+        return sum(len(tokens) for _, tokens in self.train)
 
 
 def open_data(path: Path) -> Data:
@@ -349,10 +359,11 @@ class DataLoaderLite:
     def micro_batches(self, first: int, B: int, stride: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """For ever: the B global rows from `first` on, then those `stride` further, and so on, read one ahead."""
         with ThreadPoolExecutor(max_workers=1) as pool:
-            ahead = pool.submit(lambda g: self.rows(self.row_numbers(g, B)), first)
-            for g in count(first + stride, stride):
+            ahead = None
+            for g in count(first, stride):
                 ready, ahead = ahead, pool.submit(lambda g: self.rows(self.row_numbers(g, B)), g)
-                yield ready.result()
+                if ready is not None:
+                    yield ready.result()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -418,8 +429,7 @@ def resolve(config: TrainConfig, data: Data, ranks: Ranks) -> TrainConfig:
     T, total = config.seq_len, config.total_batch_size
     steps, min_lr, warmup = config.max_steps, config.min_lr, config.warmup_steps
     if steps is None:
-        n_tokens = sum(len(tokens) for _, tokens in data.train)
-        steps = 19073 if data.is_text or n_tokens >= 9.5e9 else max(1, n_tokens // total)
+        steps = 19073 if data.is_text or data.n_tokens >= 9.5e9 else max(1, data.n_tokens // total)
     if min_lr is None:
         min_lr = config.max_lr if config.init_from else config.max_lr / 10
     if warmup is None:
@@ -427,9 +437,10 @@ def resolve(config: TrainConfig, data: Data, ranks: Ranks) -> TrainConfig:
     if min_lr > config.max_lr:
         raise RunError(f"--min_lr {min_lr:g}: larger than --max_lr {config.max_lr:g}")
     if config.n_embd % config.n_head:
-        fits = [h for h in range(1, config.n_embd + 1) if config.n_embd % h == 0]
-        near = sorted(fits, key=lambda h: abs(h - config.n_head))[:3]
-        raise RunError(f"--n_head {config.n_head}: does not divide --n_embd {config.n_embd}; near it {sorted(near)} do")
+        raise RunError(
+            f"--n_head {config.n_head}: does not divide --n_embd {config.n_embd}; "
+            f"{divisor_up_to(config.n_head, config.n_embd)} would"
+        )
 
     B = config.micro_batch_size
     unit = (B or 1) * T * ranks.size
@@ -442,9 +453,11 @@ def resolve(config: TrainConfig, data: Data, ranks: Ranks) -> TrainConfig:
             + f"seq_len {T} × {ranks.size} rank{'s' * (ranks.size > 1)}; {' and '.join(map(str, near))} would be"
             + (f", or {'/'.join(map(str, fits))} ranks" if fits and ranks.size > 1 else "")
         )
-    rows = total // (T * ranks.size)  # a step's rows for each rank
-    B = B or divisor_up_to(rows_that_fit(config, ranks), rows)
-    return replace(config, max_steps=steps, min_lr=min_lr, warmup_steps=warmup, micro_batch_size=B)
+    B = B or divisor_up_to(rows_that_fit(config, ranks), total // (T * ranks.size))
+    device, dtype = ranks.device.type, choose_dtype(config.dtype, ranks.device)
+    return replace(
+        config, max_steps=steps, min_lr=min_lr, warmup_steps=warmup, micro_batch_size=B, device=device, dtype=dtype
+    )
 
 
 def divisor_up_to(limit: int, n: int) -> int:
@@ -471,13 +484,15 @@ def rows_that_fit(config: TrainConfig, ranks: Ranks) -> int:
     return int((0.8 * free - 16 * parameters) / (per_token * config.seq_len))
 
 
-def refuse_changes(config: TrainConfig, data: Data, directory: Path, record: dict) -> None:
-    """Raise RunError if this would be another run than the one saved."""
-    old = record["config"] | dict(data=record["data"])
-    new = asdict(config) | dict(data=data.fingerprint)
-    changes = [f"{name} {old[name]} → {new[name]}" for name in (*FIXED, "data") if old[name] != new[name]]
-    if changes:
-        raise RunError(f"--resume {directory}: these may not change in mid-run: {', '.join(changes)}; start a new run?")
+def changes(config: TrainConfig, data: Data, ranks: Ranks, directory: Path, record: dict) -> str:
+    """What is otherwise than when the run was saved, and may be. Raises RunError if it would be another run."""
+    old = record["config"] | dict(data=record["data"], ranks=record["ranks"])
+    new = asdict(config) | dict(data=data.fingerprint, ranks=ranks.size)
+    lines = {name: f"{name} {old[name]} → {new[name]}" for name in new if old[name] != new[name] and name != "resume"}
+    fixed = [line for name, line in lines.items() if name in FIXED]
+    if fixed:
+        raise RunError(f"--resume {directory}: these may not change in mid-run: {', '.join(fixed)}; start a new run?")
+    return ", ".join(lines.values()) or "nothing changed"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -493,16 +508,16 @@ def keep_pages() -> None:
         libc.mallopt(M_TOP_PAD, 256 * 2**20)
 
 
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+def choose_dtype(dtype: str, device: torch.device) -> str:
     """The precision of matrix products: as asked, or the fastest that this device is built for."""
     if dtype != "auto":
-        return getattr(torch, dtype)
+        return dtype
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu" and Path("/proc/cpuinfo").exists():
-        if {"avx512_bf16", "amx_bf16", "bf16"} & set(Path("/proc/cpuinfo").read_text().split()):
-            return torch.bfloat16
-    return torch.float32
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if device.type == "cpu" and (cpuinfo := Path("/proc/cpuinfo")).exists():
+        if {"avx512_bf16", "amx_bf16", "bf16"} & set(cpuinfo.read_text().split()):
+            return "bfloat16"
+    return "float32"
 
 
 # Compiling takes about a minute and then saves a third of the time on a GPU, a twentieth on a CPU: it pays in runs of
@@ -533,9 +548,9 @@ PEAK_FLOPS = {
 }  # fmt: skip
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+def peak_flops(device: torch.device, dtype: str) -> float | None:
     """What this device could do at most, for the MFU (model FLOPs utilisation); None where that is not known."""
-    if device.type != "cuda" or dtype == torch.float32:
+    if device.type != "cuda" or dtype == "float32":
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
@@ -550,7 +565,6 @@ def prepare(
     The trial runs without gradient synchronisation, so a rank that fails leaves none waiting; then all agree.
     """
     B, T = config.micro_batch_size, config.seq_len
-    rows = config.total_batch_size // (T * ranks.size)
     while True:
         model = raw_model if eager else torch.compile(raw_model, dynamic=False)
         if ranks.size > 1:
@@ -579,7 +593,7 @@ def prepare(
         elif B == 1:
             raise RunError(f"out of memory with one row of {T} tokens: try a smaller --preset or --seq_len")
         else:
-            B = divisor_up_to(B // 2, rows)
+            B = divisor_up_to(B // 2, config.total_batch_size // (T * ranks.size))
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -770,6 +784,8 @@ class RunLog:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+        self.text.close()
+        self.table.close()
         self.lock.release()
 
     def archive(self) -> None:
@@ -826,67 +842,56 @@ def cut(path: Path, step: int) -> None:
 
 def facts(config: TrainConfig, ranks: Ranks, model: GPT, data: Data) -> dict:
     """What to know of a run later on: for run.json."""
-    git = (
-        subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        if shutil.which("git")
-        else None
-    )
-    cuda = ranks.device.type == "cuda"
+    commit = None
+    if shutil.which("git"):
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        commit = git.stdout.strip() if git.returncode == 0 else None
     return dict(
         config=asdict(config),
-        git_commit=git.stdout.strip() or None if git else None,
+        git_commit=commit,
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
-        hardware=dict(
-            ranks=ranks.size,
-            device=torch.cuda.get_device_name(ranks.device) if cuda else ranks.device.type,
-            machine=platform.machine(),
-            cpus=os.cpu_count(),
-            threads=torch.get_num_threads(),
-        ),
+        device=torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device.type,
+        ranks=ranks.size,
+        machine=platform.machine(),
+        threads=torch.get_num_threads(),
         parameters=model.num_parameters(),
-        train_tokens=sum(len(tokens) for _, tokens in data.train),
-        val_tokens=sum(len(tokens) for _, tokens in data.val),
+        train_tokens=data.n_tokens,
     )
 
 
-def introduce(config: TrainConfig, given: dict, data: Data, ranks: Ranks, model: GPT, dtype, eager: str | None) -> str:
+def introduce(config: TrainConfig, given: dict, data: Data, ranks: Ranks, model: GPT, eager: str | None) -> list[str]:
     """The first lines of a run: what was chosen, and why."""
-    why = "as asked" if "preset" in given else f"the default on {ranks.device.type}"
+    why = "as asked" if "preset" in given else f"the default on {config.device}"
+    origin = f", from {config.init_from}" if config.init_from else ""
     kind = "text" if data.is_text else f"{len(data.train)} training shards"
-    n = sum(len(tokens) for _, tokens in data.train)
-    tokens = config.max_steps * config.total_batch_size
-    chosen = "" if "data" in given else ", the default" + (" with no shards in edu_fineweb10B/" if data.is_text else "")
-    accumulate = config.total_batch_size // (config.micro_batch_size * config.seq_len * ranks.size)
-    return "\n".join(
-        [
-            f"model    {config.preset} ({why}): {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, "
-            f"context {config.seq_len}, {model.num_parameters() / 1e6:,.2f}M parameters"
-            + (f", from {config.init_from}" if config.init_from else ""),
-            f"data     {config.data} ({kind}{chosen}): {n:,} training tokens",
-            f"run      {config.max_steps:,} steps of {config.total_batch_size:,} tokens: {tokens:,}, "
-            f"{tokens / n:.2f} epochs; log and saves in {config.log_dir}/",
-            f"compute  {ranks.size} × {ranks.device.type}, {str(dtype).removeprefix('torch.')}, {accumulate} × "
-            f"{config.micro_batch_size} rows a step, {'compiled' if eager is None else f'not compiled: {eager}'}",
-            f"GPT-2 124M in full: {FULL_RUN}",
-        ]
-    )
+    default = "" if "data" in given else ", the default" + (" with no shards in edu_fineweb10B/" * data.is_text)
+    tokens, B = config.max_steps * config.total_batch_size, config.micro_batch_size
+    accumulate = config.total_batch_size // (B * config.seq_len * ranks.size)
+    return [
+        f"model    {config.preset} ({why}): {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, "
+        f"context {config.seq_len}, {model.num_parameters() / 1e6:,.2f}M parameters{origin}",
+        f"data     {config.data} ({kind}{default}): {data.n_tokens:,} training tokens",
+        f"run      {config.max_steps:,} steps of {config.total_batch_size:,} tokens, "
+        f"{tokens / data.n_tokens:.2f} epochs; log and saves in {config.log_dir}/",
+        f"compute  {ranks.size} × {config.device}, {config.dtype}, {accumulate} × {B} rows a step, "
+        f"{f'not compiled: {eager}' if eager else 'compiled'}",
+        f"GPT-2 124M in full: {FULL_RUN}",
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # The run
 
 
-def broadcast_optimizer(optimizer: torch.optim.Optimizer, state: dict | None, ranks: Ranks) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict | None, ranks: Ranks) -> None:
     """Load on every rank the optimizer state that rank 0 has read: hosts may share no disk."""
-    if ranks.size > 1:
-        layout = ranks.first(lambda: tree_map_only(torch.Tensor, lambda t: t.to("meta"), state))
-        if ranks.rank > 0:
-            state = tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="cpu"), layout)
+    layout = ranks.first(lambda: tree_map_only(torch.Tensor, lambda t: t.to("meta"), state))
+    if ranks.rank > 0:
+        state = tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="cpu"), layout)
     optimizer.load_state_dict(state)
-    if ranks.size > 1:
-        for entry in optimizer.state.values():
-            for value in entry.values():
-                dist.broadcast(value, src=0)
+    for moments in optimizer.state.values():
+        for tensor in moments.values():
+            ranks.broadcast(tensor)
 
 
 def train(given: dict, ranks: Ranks, signals: Signals) -> signal.Signals | None:
@@ -902,11 +907,12 @@ def train(given: dict, ranks: Ranks, signals: Signals) -> signal.Signals | None:
     loader = ranks.each(lambda: DataLoaderLite(data.train, config.seq_len, config.seed, shuffle_first=data.is_text))
     val_loader = ranks.each(lambda: DataLoaderLite(data.val, config.seq_len))
     if record is not None:
-        ranks.first(lambda: refuse_changes(config, data, resumed, record))
+        different = ranks.first(lambda: changes(config, data, ranks, resumed, record))
+        notes.append(f"resumed {resumed} at step {record['step']}: {different}")
     log = ranks.each(lambda: RunLog(config) if ranks.rank == 0 else None)
     say = log.say if log else lambda line: None
 
-    # The model and the optimizer, from a save, from --init_from, or new; DDP gives all ranks the weights of rank 0.
+    # The model and the optimizer, from a save, from --init_from, or new; rank 0 has read them, all get its tensors.
     step, state = 0, None
     if record is not None:
         step = record["step"]
@@ -919,12 +925,13 @@ def train(given: dict, ranks: Ranks, signals: Signals) -> signal.Signals | None:
     raw_model.adapt(config.seq_len, config.dropout)
     raw_model.to(ranks.device)
     optimizer = raw_model.configure_optimizers(config.weight_decay, config.max_lr)
-    dtype = choose_dtype(config.dtype, ranks.device)
-    amp = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32)
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
+    amp = torch.autocast(config.device, getattr(torch, config.dtype), enabled=config.dtype != "float32")
+    scaler = torch.amp.GradScaler(config.device, enabled=config.dtype == "float16")
     if record is not None:
-        broadcast_optimizer(optimizer, state and state["optimizer"], ranks)
+        load_optimizer(optimizer, state and state["optimizer"], ranks)
         scaler.load_state_dict(ranks.first(lambda: state["scaler"]))
+    for p in raw_model.parameters():
+        ranks.broadcast(p.data)
 
     tokens_left = (config.max_steps - step) * config.total_batch_size
     eager = why_eager(config, ranks.device, raw_model.flops_per_token() * tokens_left / ranks.size)
@@ -940,15 +947,13 @@ def train(given: dict, ranks: Ranks, signals: Signals) -> signal.Signals | None:
 
     # From here on the run writes.
     stamp = dict(requested=asdict(replace(requested, resume=None)), config=asdict(config), data=data.fingerprint)
+    stamp["ranks"] = ranks.size
     ranks.first(lambda: log.open(resumed, step, facts(config, ranks, raw_model, data)))
-    say(introduce(config, given, data, ranks, raw_model, dtype, eager))
-    for note in notes:
-        say(note)
-    if record is not None:
-        say(f"resumed {resumed} at step {step}" + describe_changes(config, record))
+    for line in introduce(config, given, data, ranks, raw_model, eager) + notes:
+        say(line)
     B, T, W = config.micro_batch_size, config.seq_len, ranks.size
     micro_batches = loader.micro_batches(step * (config.total_batch_size // T) + ranks.rank * B, B, stride=W * B)
-    peak = peak_flops(ranks.device, dtype)
+    peak = peak_flops(ranks.device, config.dtype)
     first_step = step
 
     def save() -> None:
@@ -1000,15 +1005,6 @@ def train(given: dict, ranks: Ranks, signals: Signals) -> signal.Signals | None:
         micro_batches.close()
         if log:
             log.close()
-
-
-def describe_changes(config: TrainConfig, record: dict) -> str:
-    """What is otherwise than when the run was saved, of what may be."""
-    old, new = record["config"], asdict(config)
-    changes = [
-        f"{name} {old[name]} → {new[name]}" for name in new if name not in (*FIXED, "resume") and old[name] != new[name]
-    ]
-    return f" ({', '.join(changes)})" if changes else ""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -54,7 +54,7 @@ def refuse(capsys, *flags, status: int = 2) -> str:
         ("--keep 0", "--keep 0: must be at least 1"),
         ("--seed -1", "--seed -1: must be at least 0"),
         ("--min_lr 1 --max_lr 0.5", "--min_lr 1: larger than --max_lr 0.5"),
-        ("--n_head 3 --n_embd 64", "--n_head 3: does not divide --n_embd 64; near it [1, 2, 4] do"),
+        ("--n_head 3 --n_embd 64", "--n_head 3: does not divide --n_embd 64; 2 would"),
         ("--total_batch_size 100 --seq_len 32", "--total_batch_size 100: not a multiple of 32"),
         (
             "--total_batch_size 16 --seq_len 32",
@@ -193,6 +193,7 @@ def saved(tmp_path_factory):
         ("--weight_decay 0", "weight_decay 0.1 → 0.0"),
         ("--preset gpt2 --seq_len 32 --total_batch_size 32", "n_layer 2 → 12"),
         ("--data other.txt", "data {'text.txt'"),
+        ("--init_from gpt2", "init_from None → gpt2"),
     ],
 )
 def test_resuming_as_another_run(here, saved, capsys, flags, message):

@@ -129,13 +129,26 @@ def wait_for_step(log_dir: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
+LONG = "--max_steps", 30, "--dropout", 0.1, "--save_every", 7
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The same run to its end, on one rank and on two."""
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    text = directory / "text.txt"
+    text.write_text((ROOT / "input.txt").read_text()[:40000])
+    for ranks in 1, 2:
+        train(text, directory / str(ranks), *LONG, ranks=ranks)
+    return text, directory
+
+
 @pytest.mark.parametrize("ranks, number, status", [(1, signal.SIGTERM, 143), (1, signal.SIGINT, 130), (2, None, 1)])
-def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, text, ranks, number, status):
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, uninterrupted, ranks, number, status):
     """Bit for bit, with dropout; on two ranks the signal goes to one of them, and both stop at the same step."""
-    options = "--max_steps", 60, "--dropout", 0.1, "--save_every", 7
-    train(text, tmp_path / "whole", *options, ranks=ranks)
-    process = start(text, tmp_path / "cut", *options, ranks=ranks)
-    wait_for_step(tmp_path / "cut", 5, process)
+    text, whole = uninterrupted
+    process = start(text, tmp_path, *LONG, ranks=ranks)
+    wait_for_step(tmp_path, 3, process)
     if ranks == 1:
         process.send_signal(number)
     else:
@@ -145,14 +158,14 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, text, ranks, num
     assert process.returncode == status, output
     (stopped,) = [line for line in output.splitlines() if line.startswith("stopped by")]
     assert "add --resume to go on" in stopped
-    assert len(read_log(tmp_path / "cut")) < 60
-    done = train(text, tmp_path / "cut", *options, "--resume", ranks=ranks)
+    assert len(read_log(tmp_path)) < 30
+    done = train(text, tmp_path, *LONG, "--resume", ranks=ranks)
     assert "resumed" in done.stdout
     for name in "train", "val":
-        assert read_log(tmp_path / "whole", name) == read_log(tmp_path / "cut", name)
-    assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
-    table = list(csv.DictReader(open(tmp_path / "cut/steps.csv")))
-    assert [int(row["step"]) for row in table] == list(range(60))
+        assert read_log(whole / str(ranks), name) == read_log(tmp_path, name)
+    assert weights(whole / str(ranks)) == weights(tmp_path)
+    table = list(csv.DictReader(open(tmp_path / "steps.csv")))
+    assert [int(row["step"]) for row in table] == list(range(30))
 
 
 def test_resume_with_flags_left_out_and_with_nothing_there(tmp_path, text):
@@ -395,3 +408,12 @@ def test_eight_ranks_as_printed(clone):
     assert done.returncode == 0, done.stderr
     assert "8 × cpu" in done.stdout and "1 × 2 rows a step" in done.stdout
     assert checkpoint.newest(clone / "log")[1]["step"] == 2
+
+
+def test_evaluating_on_two_ranks_gives_the_weights_of_the_model_to_both(tmp_path, text):
+    train(text, tmp_path / "first", "--max_steps", 2)
+    flags = "--data", text, "--init_from", tmp_path / "first/step_000002", "--max_steps", 0, "--device", "cpu"
+    flags += "--dtype", "float32", "--eval_tokens", 320, "--sample_every", 0, "--total_batch_size", 64
+    for ranks in 1, 2:
+        run("train_gpt2.py", *flags, "--log_dir", tmp_path / str(ranks), ranks=ranks)
+    assert_close(losses(tmp_path / "1", "val"), losses(tmp_path / "2", "val"))
