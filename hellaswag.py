@@ -21,6 +21,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ def find_file() -> Path:
                 raise HellaSwagError(f"{URL}: expected SHA-256 {SHA256}, found {found}; try again later", 4)
             partial.write_bytes(content)
             partial.replace(FILE)
-        except OSError as e:
+        except (OSError, HTTPException) as e:
             partial.unlink(missing_ok=True)
             raise HellaSwagError(
                 f"no {FILE}, and it could not be downloaded ({e}); put it there from {URL}", 4
@@ -289,6 +290,8 @@ def report(args: argparse.Namespace) -> int:
     if not torch.device(args.device).type == "cpu" and not torch.get_device_module(args.device).is_available():
         raise HellaSwagError(f"--device {args.device}: PyTorch finds no such device here; try --device cpu")
     path = args.data or find_file()
+    if not path.is_file():
+        raise HellaSwagError(f"--data {path}: no such file")
     try:
         model = GPT.from_pretrained(args.model_type).eval().to(args.device)
     except (OSError, ValueError) as e:

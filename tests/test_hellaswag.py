@@ -1,0 +1,251 @@
+"""The exam against a plain one-row-at-a-time implementation over `transformers`; lm-eval itself is a slow test."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+
+import hellaswag
+from conftest import ROOT, SMALL, read_log, run
+from model import GPT, GPTConfig
+
+RECORDS = ROOT / "tests/data/hellaswag_100.jsonl"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A small model with opinions (weights far from their small initial values), saved."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=256, n_layer=2, n_head=2, n_embd=64))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+        model.transformer.wte.weight[50257:] = 0
+    directory = tmp_path_factory.mktemp("model")
+    model.save_pretrained(directory)
+    return directory
+
+
+def plain_scores(directory, records, rendering, block_size=256):
+    """Log-probabilities of each ending, one row at a time, every logit of it computed, and the lengths for acc_norm."""
+    from transformers import AutoTokenizer, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel.from_pretrained(directory).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+
+    def encode(text):
+        return tokenizer(text)["input_ids"]
+
+    def clean(text):
+        text = text.strip().replace(" [title]", ". ")
+        text = re.sub("\\[.*?\\]", "", text)
+        return text.replace("  ", " ")
+
+    scores, lengths = [], []
+    for record in records:
+        for ending in record["endings"]:
+            if rendering == "build-nanogpt":
+                context, choice = encode(record["ctx"]), encode(" " + ending)
+                lengths.append(len(choice))
+            else:
+                query = clean(record["activity_label"] + ": " + record["ctx_a"] + " " + record["ctx_b"].capitalize())
+                ending = clean(ending)
+                context = encode(query)
+                choice = encode(query + " " + ending)[len(context) :]
+                lengths.append(len(ending))
+            row = (context + choice)[-(block_size + 1) :]
+            with torch.no_grad():
+                logprobs = model(torch.tensor([row[:-1]])).logits[0].log_softmax(-1)
+            scores.append(sum(logprobs[-n, row[-n]].item() for n in range(1, len(choice) + 1)))
+    return torch.tensor(scores).view(-1, 4), torch.tensor(lengths).view(-1, 4)
+
+
+@pytest.fixture(scope="module")
+def records():
+    return [json.loads(line) for line in RECORDS.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("rendering", hellaswag.RENDERINGS)
+def test_equals_a_plain_implementation_for_every_batch_size(saved, records, rendering):
+    expected, lengths = plain_scores(saved, records, rendering)
+    model = GPT.from_pretrained(saved).eval()
+    examples = hellaswag.read_examples(RECORDS, hellaswag.RENDERINGS[rendering])
+    labels = torch.tensor([record["label"] for record in records])
+    for batch_tokens in 1, 1000, 100_000:
+        scores, cut = hellaswag.score(model, examples, batch_tokens)
+        # Sums of up to 60 log-probabilities of about -11: float32 keeps four digits behind the point.
+        torch.testing.assert_close(scores, expected, atol=1e-3, rtol=0)
+        result = hellaswag.judge(scores, examples)
+        choices = list(zip(expected.argmax(1).tolist(), (expected / lengths).argmax(1).tolist(), strict=True))
+        assert result.predictions == choices and cut == 0
+        assert result.acc == (expected.argmax(1) == labels).sum()
+        assert result.acc_norm == ((expected / lengths).argmax(1) == labels).sum()
+        assert 10 < result.acc < 50  # neither blind nor all-knowing
+
+
+def test_long_contexts_are_cut_on_the_left_and_counted(saved, records, tmp_path):
+    model = GPT.from_pretrained(saved).eval()
+    model.adapt(60, 0.0)
+    model.save_pretrained(tmp_path)
+    expected, _ = plain_scores(tmp_path, records, "build-nanogpt", block_size=60)
+    examples = hellaswag.read_examples(RECORDS, hellaswag.render_nanogpt)
+    scores, cut = hellaswag.score(model, examples, 2000)
+    torch.testing.assert_close(scores, expected, atol=1e-3, rtol=0)
+    assert cut == sum(len(e.context) + max(map(len, e.endings)) - 1 > 60 for e in examples) > 5
+
+
+def test_ranks_share_the_work_and_add_up(saved):
+    model = GPT.from_pretrained(saved).eval()
+    examples = hellaswag.read_examples(RECORDS, hellaswag.render_nanogpt)
+    whole, _ = hellaswag.score(model, examples, 1000)
+    shares = [hellaswag.score(model, examples, 1000, rank, 3)[0] for rank in range(3)]
+    assert torch.equal(sum(shares), whole)
+    work = [sum(len(e.context) for e, row in zip(examples, share, strict=True) if row.any()) for share in shares]
+    assert max(work) < 1.5 * min(work)
+
+
+def test_near_ties_are_counted():
+    example = hellaswag.Example([1], [[2]] * 4, [1, 1, 1, 1], 0, 1)
+    scores = torch.tensor([[-1.0, -1.000001, -2, -3], [-1, -1.1, -2, -3], [-3, -3, -3, -1]])
+    assert hellaswag.judge(scores, [example] * 3).near_ties == 1
+
+
+RECORD = json.loads(RECORDS.read_text().splitlines()[0])
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "line 2: Expecting property name"),
+        ("[]", "line 2: "),
+        (json.dumps(RECORD | dict(endings=["a", "b", "c"])), "line 2: expected four endings that are not empty"),
+        (json.dumps(RECORD | dict(endings=["a", "b", "c", " "])), "line 2: expected four endings that are not empty"),
+        (json.dumps(RECORD | dict(endings=None)), "line 2: "),
+        (json.dumps(RECORD | dict(label=4)), "line 2: expected a label from 0 to 3, found 4"),
+        (json.dumps(RECORD | dict(label="x")), "line 2: invalid literal"),
+        (json.dumps({k: v for k, v in RECORD.items() if k != "ctx"}), "line 2: lacks 'ctx'"),
+        (json.dumps(RECORD | dict(ctx="")), "line 2: nothing is left of the context"),
+    ],
+)
+def test_a_bad_record_stops_with_its_line(tmp_path, line, message):
+    path = tmp_path / "records.jsonl"
+    path.write_text(json.dumps(RECORD) + "\n" + line + "\n")
+    with pytest.raises(hellaswag.HellaSwagError, match=message) as error:
+        hellaswag.read_examples(path, hellaswag.render_nanogpt)
+    assert str(error.value).startswith(f"{path}, line 2: ") and error.value.status == 2
+
+
+def test_an_ending_longer_than_the_context_stops_with_its_line(saved):
+    model = GPT.from_pretrained(saved).eval()
+    model.adapt(16, 0.0)
+    examples = hellaswag.read_examples(RECORDS, hellaswag.render_nanogpt)
+    line = next(e.line for e in examples if max(map(len, e.endings)) > 16)
+    with pytest.raises(hellaswag.HellaSwagError, match=f"line {line}: an ending of .* tokens, but the model.s context is 16"):
+        hellaswag.score(model, examples, 1000)
+
+
+def test_the_script(saved, tmp_path):
+    flags = "-m", saved, "-d", "cpu", "--data", RECORDS, "--json", tmp_path / "numbers.json"
+    done = run("hellaswag.py", *flags, "--save_predictions", tmp_path / "predictions.csv", "--batch_tokens", 2000)
+    assert "100 records, where the validation set has 10,042" in done.stdout
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    lines = (tmp_path / "predictions.csv").read_text().splitlines()
+    assert lines[0] == "record,label,build-nanogpt acc,build-nanogpt acc_norm,lm-eval acc,lm-eval acc_norm"
+    rows = [[int(x) for x in line.split(",")] for line in lines[1:]]
+    for column, (name, metric) in enumerate([(n, m) for n in hellaswag.RENDERINGS for m in ("acc", "acc_norm")], 2):
+        correct = sum(row[column] == row[1] for row in rows)
+        assert numbers[name][metric]["correct"] == correct and numbers[name]["n"] == 100
+        assert f"({correct}/100)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["-m", "nowhere/at/all"], "--model_type nowhere/at/all: "),
+        (["-m", "MODEL", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["-m", "MODEL", "-d", "cuda"], "--device cuda: PyTorch finds no such device here"),
+    ],
+)
+def test_the_script_s_errors_are_one_line(saved, flags, message):
+    flags = [saved if flag == "MODEL" else flag for flag in flags]
+    if "--data" not in flags:
+        flags += ["--data", RECORDS]
+    done = run("hellaswag.py", *flags, status=2)
+    assert done.stderr.startswith("hellaswag.py: error: ") and done.stderr.count("\n") == 1 and message in done.stderr
+
+
+class Server:
+    """A web server on loopback that sends what it is told to."""
+
+    def __init__(self, content: bytes, length: int | None = None):
+        import http.server
+        import threading
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(200)
+                self.send_header("Content-Length", str(length or len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def __enter__(self):
+        return f"http://127.0.0.1:{self.server.server_port}/hellaswag_val.jsonl"
+
+    def __exit__(self, *exception):
+        self.server.shutdown()
+
+
+def test_the_download_is_verified_and_kept_whole_or_not_at_all(tmp_path, monkeypatch):
+    import hashlib
+
+    file = tmp_path / "hellaswag/hellaswag_val.jsonl"
+    content = RECORDS.read_bytes()
+    monkeypatch.setattr(hellaswag, "FILE", file)
+    monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(content).hexdigest())
+    for wrong, length, message in (
+        (content[:-10] + b"x" * 10, None, "expected SHA-256"),
+        (content[:1000], len(content), "could not be downloaded"),  # the connection is cut
+    ):
+        with Server(wrong, length) as url:
+            monkeypatch.setattr(hellaswag, "URL", url)
+            with pytest.raises(hellaswag.HellaSwagError, match=message) as error:
+                hellaswag.find_file()
+        assert error.value.status == 4 and not list(file.parent.iterdir())
+    with Server(content) as url:
+        monkeypatch.setattr(hellaswag, "URL", url)
+        assert hellaswag.find_file() == file and file.read_bytes() == content
+    assert hellaswag.find_file() == file  # without a server
+
+
+EXAM_SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+import hellaswag, train_gpt2
+from pathlib import Path
+hellaswag.FILE = Path({file!r})
+sys.exit(train_gpt2.main())
+"""
+
+
+def test_in_training_it_gives_the_same_numbers_on_one_rank_and_two_and_in_the_script(tmp_path, text, records):
+    shutil.copy(RECORDS, tmp_path / "records.jsonl")
+    script = tmp_path / "train.py"
+    script.write_text(EXAM_SCRIPT.format(root=str(ROOT), file=str(tmp_path / "records.jsonl")))
+    flags = *SMALL, "--data", text, "--seq_len", 128, "--hellaswag_every", 1, "--max_steps", 2, "--eval_every", 0
+    values = []
+    for ranks in 1, 2:
+        log = tmp_path / f"log{ranks}"
+        run(script, *flags, "--log_dir", log, "--micro_batch_size", 1, ranks=ranks)
+        values.append(read_log(log, "hella"))
+    assert list(values[0]) == [0, 1, 2] and values[0] == values[1]
+    run("hellaswag.py", "-m", tmp_path / "log1/step_000002", "--data", RECORDS, "--json", tmp_path / "numbers.json")
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert numbers["build-nanogpt"]["acc_norm"]["value"] == pytest.approx(float(values[0][2]))
