@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -52,7 +53,7 @@ def save(log_dir: Path, step: int, model: GPT, trainer_state: dict, info: dict) 
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(log_dir).free
         reason = str(e).strip().splitlines()[0]
-        raise DiskError(f"{final}: could not be saved, with {free:,} bytes free on its disk: {reason}") from e
+        raise DiskError(f"{final}: could not be saved: {reason} ({free:,} bytes are free there)") from e
     return final
 
 
@@ -63,9 +64,10 @@ def verify(directory: Path) -> dict:
         content = path.read_bytes()
         record = json.loads(content)
         stated = record.pop("sha256")
+        intact = stated == _digest(record) and content == _canonical(dict(record, sha256=stated))
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as e:
         raise CheckpointError(f"{path}: expected a save's record, found none that can be read ({e})") from None
-    if stated != _digest(record) or content != _canonical(dict(record, sha256=stated)):
+    if not intact:
         raise CheckpointError(f"{path}: does not match its own SHA-256")
     for name, expected in record["files"].items():
         path = directory / name
@@ -104,15 +106,17 @@ def newest(log_dir: Path) -> tuple[Path | None, dict | None, list[str]]:
     return None, None, passed_over
 
 
-def set_aside(log_dir: Path, chosen: Path | None, step: int) -> list[str]:
+def set_aside(log_dir: Path, chosen: Path, step: int) -> list[str]:
     """Move out of the way what a run that goes on from the chosen save, of that step, will write again: later saves
-    become `old-…`, those that do not verify `bad-…`. Returns a line for each."""
+    become `old-…`, and those that do not verify, of any step, `bad-…`. Returns a line for each."""
     lines = []
-    for directory in [d for s, d in saves(log_dir).items() if s >= step]:
-        if chosen is not None and directory.samefile(chosen):
+    for other_step, directory in saves(log_dir).items():
+        if directory.samefile(chosen):
             continue
         try:
             verify(directory)
+            if other_step < step:
+                continue
             name = f"old-{directory.name}"
         except CheckpointError:
             name = f"bad-{directory.name}"
@@ -120,6 +124,37 @@ def set_aside(log_dir: Path, chosen: Path | None, step: int) -> list[str]:
         target = directory.rename(log_dir / (f"{name}-{taken + 1}" if taken else name))
         lines.append(f"{directory} set aside as {target.name}")
     return lines
+
+
+def archive(log_dir: Path) -> Path | None:
+    """Move the files of the run that lies here, and nothing else, to `old-<date-time>/`; returns that, if any did."""
+    patterns = "log.txt", "steps.csv", "run.json", "curves.png", "step_*", "old-step_*", "bad-step_*"
+    files = [p for pattern in patterns for p in log_dir.glob(pattern)]
+    if not files:
+        return None
+    old = log_dir / f"old-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    old.mkdir()
+    for p in files:
+        p.rename(old / p.name)
+    return old
+
+
+def cut_log(path: Path, step: int, kept: tuple[str, ...] = ()) -> None:
+    """Keep of a log the whole lines of earlier steps, and of this one those of the kinds that are named: the run that
+    goes on from here writes the others again."""
+    if path.exists():
+        lines = []
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            whole = re.fullmatch(r"(\d+)[ ,](\S+).*\n", line)
+            if (
+                line.startswith("step,")
+                or whole
+                and (int(whole[1]) < step or int(whole[1]) == step and whole[2] in kept)
+            ):
+                lines.append(line)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(lines), encoding="utf-8")
+        partial.replace(path)
 
 
 def prune(log_dir: Path, keep: int, best_step: int | None) -> list[str]:

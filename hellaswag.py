@@ -85,7 +85,7 @@ class Example:
 def read_examples(path: Path, render, limit: int | None = None) -> list[Example]:
     """The first `limit` records of a HellaSwag file, rendered. Raises HellaSwagError on a record that is none."""
     examples = []
-    with open(path, encoding="utf-8") as f:
+    with open(path, "rb") as f:
         for line, text in enumerate(f, start=1):
             if len(examples) == limit:
                 break

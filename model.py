@@ -31,6 +31,18 @@ SIZES = {
 }
 
 
+# What Hugging Face's GPT2Config can vary and GPT-2 does not.
+HF_CONFIG = dict(
+    activation_function="gelu_new",
+    layer_norm_epsilon=1e-5,
+    n_inner=None,  # 4 * n_embd
+    scale_attn_weights=True,
+    scale_attn_by_inverse_layer_idx=False,
+    tie_word_embeddings=True,
+    add_cross_attention=False,
+)
+
+
 @dataclass(frozen=True)
 class GPTConfig:
     block_size: int = 1024  # the longest context, in tokens
@@ -49,6 +61,42 @@ class GPTConfig:
     def padded_vocab_size(self) -> int:
         """Rows of the embedding matrix: vocab_size rounded up to a multiple of 128, which matrix hardware likes."""
         return (self.vocab_size + 127) // 128 * 128
+
+    @classmethod
+    def from_hf(cls, hf: dict) -> GPTConfig:
+        """From the content of a Hugging Face config.json. Raises ValueError if it is not GPT-2's."""
+        try:
+            if hf["model_type"] != "gpt2":
+                raise ValueError(f"no GPT-2: its config.json has model_type {hf['model_type']!r}")
+            for key, ours in HF_CONFIG.items():
+                theirs = hf.get(key, ours)
+                if theirs != ours and not (key == "n_inner" and theirs == 4 * hf["n_embd"]):
+                    raise ValueError(f"not GPT-2's network: its config.json has {key} {theirs!r}, not {ours!r}")
+            shape = {key: int(hf[key]) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+            dropout, bias = hf.get("resid_pdrop", 0.1), hf.get("bias", True)
+            return cls(block_size=int(hf["n_positions"]), dropout=dropout, bias=bias, **shape)
+        except (KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"no GPT-2: its config.json is not a model's ({e!r})") from None
+
+    def to_hf(self) -> dict:
+        """The content of a Hugging Face config.json; `bias` is of our own, and of no meaning to others."""
+        end = GPT2_VOCAB_SIZE - 1
+        return HF_CONFIG | dict(
+            architectures=["GPT2LMHeadModel"],
+            model_type="gpt2",
+            vocab_size=self.vocab_size,
+            n_positions=self.block_size,
+            n_layer=self.n_layer,
+            n_head=self.n_head,
+            n_embd=self.n_embd,
+            embd_pdrop=self.dropout,
+            attn_pdrop=self.dropout,
+            resid_pdrop=self.dropout,
+            bias=self.bias,
+            bos_token_id=end,
+            eos_token_id=end,
+            dtype="float32",
+        )
 
 
 class CausalSelfAttention(nn.Module):
@@ -232,30 +280,11 @@ class GPT(nn.Module):
 
         Raises OSError if it cannot be reached or read, ValueError if it is not a GPT-2.
         """
-        hf = json.loads(_find(name_or_dir, "config.json").read_text(encoding="utf-8"))
-        if hf.get("model_type") != "gpt2":
-            raise ValueError(f"{name_or_dir} is no GPT-2: its config.json has model_type {hf.get('model_type')!r}")
-        if hf.get("n_inner") == 4 * hf["n_embd"]:
-            hf["n_inner"] = None  # two ways to say the same
-        for key, ours in HF_CONFIG.items():
-            if hf.get(key, ours) != ours:
-                raise ValueError(
-                    f"{name_or_dir} is not GPT-2's network: its config.json has {key} {hf[key]!r}, not {ours!r}"
-                )
-        with torch.device("meta"):  # shapes alone: no time spent on initial weights that are overwritten
-            model = cls(
-                GPTConfig(
-                    block_size=hf["n_positions"],
-                    vocab_size=hf["vocab_size"],
-                    n_layer=hf["n_layer"],
-                    n_head=hf["n_head"],
-                    n_embd=hf["n_embd"],
-                    dropout=hf.get("resid_pdrop", 0.1),
-                    bias=hf.get("bias", True),
-                )
-            )
-        model.to_empty(device="cpu")
         try:
+            config = GPTConfig.from_hf(json.loads(_find(name_or_dir, "config.json").read_text(encoding="utf-8")))
+            with torch.device("meta"):  # shapes alone: no time spent on initial weights that are overwritten
+                model = cls(config)
+            model.to_empty(device="cpu")
             model.load_hf_state(_read_weights(name_or_dir))
         except ValueError as e:
             raise ValueError(f"{name_or_dir}: {e}") from None
@@ -294,30 +323,11 @@ class GPT(nn.Module):
         """Write a Hugging Face GPT-2 directory, tokenizer included, that `transformers` and `from_pretrained` open."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        c = self.config
-        config = dict(
-            architectures=["GPT2LMHeadModel"],
-            model_type="gpt2",
-            vocab_size=c.vocab_size,
-            n_positions=c.block_size,
-            n_layer=c.n_layer,
-            n_head=c.n_head,
-            n_embd=c.n_embd,
-            embd_pdrop=c.dropout,
-            attn_pdrop=c.dropout,
-            resid_pdrop=c.dropout,
-            bias=c.bias,
-            bos_token_id=GPT2_VOCAB_SIZE - 1,
-            eos_token_id=GPT2_VOCAB_SIZE - 1,
-            dtype="float32",
-            **HF_CONFIG,
-        )
         end = "<|endoftext|>"
-        tokenizer = dict(
-            tokenizer_class="GPT2Tokenizer", model_max_length=c.block_size, bos_token=end, eos_token=end, unk_token=end
-        )
+        tokenizer = dict(tokenizer_class="GPT2Tokenizer", model_max_length=self.config.block_size)
+        tokenizer |= dict(bos_token=end, eos_token=end, unk_token=end)
         save_file(self.hf_state(), directory / "model.safetensors", metadata={"format": "pt"})
-        for name, content in ("config.json", config), ("tokenizer_config.json", tokenizer):
+        for name, content in ("config.json", self.config.to_hf()), ("tokenizer_config.json", tokenizer):
             (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for name in "vocab.json", "merges.txt":
             shutil.copyfile(Path(__file__).resolve().parent / "assets" / name, directory / name)
@@ -376,21 +386,9 @@ def sample(
     return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)[:, 0]
 
 
-# What a Hugging Face config may vary and GPT-2 does not.
-HF_CONFIG = dict(
-    activation_function="gelu_new",
-    layer_norm_epsilon=1e-5,
-    n_inner=None,
-    scale_attn_weights=True,
-    scale_attn_by_inverse_layer_idx=False,
-    tie_word_embeddings=True,
-    add_cross_attention=False,
-)
-
-
 def _is_conv1d(name: str, p: torch.Tensor) -> bool:
     """Whether Hugging Face keeps this weight in a Conv1D, (in, out): the matrices of the blocks, not the embeddings."""
-    return ".ln_" not in name and "h." in name and p.dim() == 2
+    return p.dim() == 2 and (".attn." in name or ".mlp." in name)
 
 
 def _find(name_or_dir: str | Path, filename: str) -> Path:

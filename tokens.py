@@ -78,7 +78,10 @@ def open_shard(path: Path) -> np.ndarray:
         )
     if n == 0:
         raise ShardError(f"{path}: holds no tokens")
-    return np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(n,))
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(n,))
+    for start in 0, max(0, n - 2048):  # its first and last page; the others are checked as they are read
+        check_ids(path.name, start, tokens[start : start + 2048])
+    return tokens
 
 
 def _npy_layout(path: Path) -> tuple[int, int]:
@@ -111,6 +114,13 @@ def _bin_layout(path: Path) -> tuple[int, int]:
     if n < 0:
         raise ShardError(f"{path}: expected a token count, found {n}")
     return BIN_HEADER, n
+
+
+def check_ids(name: str, start: int, ids: np.ndarray) -> None:
+    """Raise ShardError if any of a file's ids, which begin at position start in it, is none of GPT-2's."""
+    if ids.max() >= VOCAB_SIZE:
+        at = int(np.argmax(ids >= VOCAB_SIZE))
+        raise ShardError(f"{name}: token {start + at:,} is {ids[at]}, but GPT-2's ids end at {VOCAB_SIZE - 1}")
 
 
 def shard_paths(directory: Path, split: str) -> list[Path]:

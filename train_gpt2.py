@@ -24,9 +24,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import lru_cache
-from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import get_args
@@ -43,14 +42,14 @@ from tqdm import tqdm
 import checkpoint
 import hellaswag
 from model import GPT, GPT2_VOCAB_SIZE, SIZES, GPTConfig
-from tokens import ShardError, gpt2_encoding, open_shard, shard_paths
+from tokens import ShardError, check_ids, gpt2_encoding, open_shard, shard_paths
 
 ROOT = Path(__file__).resolve().parent
 FULL_RUN = "python fineweb.py && torchrun --nproc_per_node=8 train_gpt2.py --preset gpt2"
 
 
 class RunError(Exception):
-    """What ends a run with one line for its user, and this exit status: 2 usage, 3 not finite, 4 disk or network."""
+    """What ends a run, on all ranks, with one line for its user and this exit status: 2 usage, 3 not finite, 4 disk."""
 
     def __init__(self, message: str, status: int = 2):
         super().__init__(message, status)
@@ -77,7 +76,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-def option(default, text: str, low: float = -math.inf, high: float = math.inf, choices: tuple = ()):
+def option(default, text: str, low: float = 0, high: float = 2**40, choices: tuple = ()):
     """A field of TrainConfig: its default, its line of help, and the values that are allowed."""
     return field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices))
 
@@ -101,28 +100,28 @@ class TrainConfig:
     init_from: str | None = option(None, "fine-tune this model: a directory, or a name on the Hugging Face hub")
     resume: str | None = option(None, "go on from a save: that directory, or alone the newest in log_dir")
     max_steps: int | None = option(
-        None, "optimizer steps; 0 only evaluates (default: 19,073, or one epoch of shards under 9.5B tokens)", low=0
+        None, "optimizer steps; 0 only evaluates (default: 19,073, or one epoch of shards under 9.5B tokens)"
     )
     total_batch_size: int = option(524288, "tokens per optimizer step, over all ranks", low=1)
     micro_batch_size: int | None = option(
         None, "rows of seq_len tokens per forward pass and rank (default: the most that divide and should fit)", low=1
     )
     seq_len: int = option(1024, "tokens per row, the model's context", low=1)
-    max_lr: float = option(6e-4, "learning rate after warm-up", low=0)
-    min_lr: float | None = option(None, "learning rate at the end of the cosine (default: max_lr / 10)", low=0)
-    warmup_steps: int | None = option(None, "steps of linear warm-up (default: 715, at most max_steps / 10)", low=0)
-    weight_decay: float = option(0.1, "decay of matrices and embeddings", low=0)
-    grad_clip: float = option(1.0, "largest norm of the gradient; 0 for no limit", low=0)
-    dropout: float = option(0.0, "in embedding, attention and residual", low=0, high=0.99)
-    seed: int = option(1337, "of weights, order of rows, dropout", low=0, high=2**31)
-    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    max_lr: float = option(6e-4, "learning rate after warm-up")
+    min_lr: float | None = option(None, "learning rate at the end of the cosine (default: max_lr / 10)")
+    warmup_steps: int | None = option(None, "steps of linear warm-up (default: 715, at most max_steps / 10)")
+    weight_decay: float = option(0.1, "decay of matrices and embeddings")
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0 for no limit")
+    dropout: float = option(0.0, "in embedding, attention and residual", high=0.99)
+    seed: int = option(1337, "of weights, order of rows, dropout", high=2**31)
+    device: str = option("auto", "where to compute; not taken from a save", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option("auto", "precision of matrix products", choices=("auto", "float32", "bfloat16", "float16"))
     compile: str = option("auto", "torch.compile: auto where it can work and pays", choices=("auto", "on", "off"))
-    eval_every: int = option(250, "steps between evaluations on the validation tokens; 0 for none", low=0)
+    eval_every: int = option(250, "steps between evaluations on the validation tokens; 0 for none")
     eval_tokens: int = option(10485760, "validation tokens per evaluation, however many ranks", low=1)
-    hellaswag_every: int = option(250, "steps between HellaSwag exams; 0 for none", low=0)
-    sample_every: int = option(250, "steps between samples; 0 for none", low=0)
-    save_every: int = option(1000, "steps between saves; 0 for one at the end", low=0)
+    hellaswag_every: int = option(250, "steps between HellaSwag exams; 0 for none")
+    sample_every: int = option(250, "steps between samples; 0 for none")
+    save_every: int = option(1000, "steps between saves; 0 for one at the end")
     keep: int = option(2, "newest saves to keep, besides the best by validation loss", low=1)
     dist_timeout: float = option(600.0, "seconds until a rank that waits for another gives up", low=1)
 
@@ -130,7 +129,7 @@ class TrainConfig:
 # What may not change when a run is resumed: with any of these changed it would be another run.
 FIXED = (
     "n_layer n_head n_embd bias init_from max_steps total_batch_size seq_len max_lr min_lr warmup_steps weight_decay "
-    "grad_clip dropout seed data"
+    "grad_clip dropout seed"
 ).split()
 
 
@@ -169,9 +168,8 @@ def parse_flags(argv: list[str] | None) -> dict:
     given = vars(namespace)
     for f in fields(TrainConfig):
         value, low, high = given.get(f.name), f.metadata["low"], f.metadata["high"]
-        if isinstance(value, int | float) and not (low <= value <= high and math.isfinite(value)):
-            bounds = f"at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
-            raise RunError(f"--{f.name} {value}: must be {bounds}, and finite")
+        if isinstance(value, int | float) and not low <= value <= high:  # NaN, too
+            raise RunError(f"--{f.name} {value}: must be from {low:g} to {high:g}")
     return given
 
 
@@ -216,18 +214,18 @@ class Ranks:
 
     def each(self, fn: Callable):
         """Run fn on every rank and return its result here; if it raises RunError on any, the first is raised on all."""
-        result, error = None, None
+        result = error = None
         try:
             result = fn()
         except RunError as e:
             error = e
-        errors = [error]
+        except OSError as e:
+            error = RunError(f"{e.filename}: {e.strerror}", 4)
+        errors = [error] * self.size
         if self.size > 1:
-            errors = [None] * self.size
             dist.all_gather_object(errors, error)
-        for e in errors:
-            if e is not None:
-                raise e
+        for error in filter(None, errors):
+            raise error
         return result
 
     def first(self, fn: Callable):
@@ -237,23 +235,19 @@ class Ranks:
             dist.broadcast_object_list(result, src=0)
         return result[0]
 
-    def sum(self, *values: torch.Tensor | float) -> list[float]:
-        """The values added up over all ranks: one collective, one read by the host."""
-        scalar = dict(dtype=torch.float32, device=self.device)  # full() fills on the device: no wait, unlike a copy
-        total = torch.stack([v.to(**scalar) if torch.is_tensor(v) else torch.full((), v, **scalar) for v in values])
-        return self.add(total).tolist()
-
-    def broadcast(self, tensor: torch.Tensor) -> None:
-        """Overwrite the tensor with that of rank 0."""
-        if self.size > 1:
-            dist.broadcast(tensor, src=0)
-
     def add(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensors of all ranks, added up elementwise."""
         tensor = tensor.to(self.device)
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def sum(self, *values: torch.Tensor | float) -> list[float]:
+        """The values added up over all ranks: one collective, one read by the host."""
+        scalar = dict(dtype=torch.float32, device=self.device)  # full() fills on the device: no wait, unlike a copy
+        return self.add(
+            torch.stack([v.to(**scalar) if torch.is_tensor(v) else torch.full((), v, **scalar) for v in values])
+        ).tolist()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -279,34 +273,24 @@ def open_data(path: Path) -> Data:
     """A directory of shards, or a text file, whose last tenth is for validation. Raises RunError."""
     try:
         if path.is_dir():
-            files = {split: [(p.name, open_shard(p)) for p in shard_paths(path, split)] for split in ("train", "val")}
-            for name, tokens in files["train"] + files["val"]:
-                for start in 0, max(0, len(tokens) - 2048):  # its first and last page; the rest as it is read
-                    check_ids(name, start, tokens[start : start + 2048])
-            fingerprint = {name: len(tokens) for name, tokens in files["val"] + files["train"]}
+            train, val = ([(p.name, open_shard(p)) for p in shard_paths(path, split)] for split in ("train", "val"))
+            fingerprint = {name: len(tokens) for name, tokens in val + train}
             if (path / "manifest.json").exists():
                 fingerprint["manifest.json"] = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
-            return Data(files["train"], files["val"], False, fingerprint)
+            return Data(train, val, False, fingerprint)
         content = path.read_bytes()
         text = content.decode("utf-8")
+        cut = len(text) * 9 // 10
+        train, val = (gpt2_encoding().encode_ordinary(part) for part in (text[:cut], text[cut:]))
     except FileNotFoundError:
         raise RunError(f"--data {path}: no such file or directory") from None
     except UnicodeDecodeError as e:
         raise RunError(f"--data {path}: not UTF-8 text (byte {e.start:,}); token shards go into a directory") from None
-    except (ShardError, OSError) as e:
+    except (OSError, ValueError) as e:
         raise RunError(f"--data {path}: {e}") from None
-    cut = len(text) * 9 // 10
-    encode = gpt2_encoding().encode_ordinary
-    train = [(path.name, np.array(encode(text[:cut]), dtype=np.uint16))]
-    val = [(f"the last tenth of {path.name}", np.array(encode(text[cut:]), dtype=np.uint16))]
-    return Data(train, val, True, {path.name: hashlib.sha256(content).hexdigest()})
-
-
-def check_ids(name: str, start: int, ids: np.ndarray) -> None:
-    """Raise RunError if any of a file's ids, which begin at position start in it, is none of GPT-2's."""
-    if ids.max() >= GPT2_VOCAB_SIZE:
-        at = int(np.argmax(ids >= GPT2_VOCAB_SIZE))
-        raise RunError(f"{name}: token {start + at:,} is {ids[at]}, but GPT-2's ids end at {GPT2_VOCAB_SIZE - 1}")
+    train, val = np.array(train, dtype=np.uint16), np.array(val, dtype=np.uint16)
+    fingerprint = {path.name: hashlib.sha256(content).hexdigest()}
+    return Data([(path.name, train)], [(f"the last tenth of {path.name}", val)], True, fingerprint)
 
 
 class DataLoaderLite:
@@ -338,7 +322,7 @@ class DataLoaderLite:
         return [int(self.order(g // self.n_rows)[g % self.n_rows]) for g in range(first, first + B)]
 
     def read(self, start: int, n: int) -> np.ndarray:
-        """The n tokens of the stream from start on, across the ends of files: (n,) of uint16. Raises RunError."""
+        """The n tokens of the stream from start on, across the ends of files: (n,) of uint16. Raises ShardError."""
         parts = []
         i = int(np.searchsorted(self.starts, start, side="right")) - 1
         while n > 0:
@@ -350,13 +334,11 @@ class DataLoaderLite:
             start, n, i = start + len(part), n - len(part), i + 1
         return np.concatenate(parts)
 
-    def rows(self, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of these rows of the stream, each (len(numbers), T) of int64."""
-        window = np.stack([self.read(i * self.T, self.T + 1) for i in numbers]).astype(np.int64)  # (B, T + 1)
-        window = torch.from_numpy(window)
-        return window[:, :-1], window[:, 1:]
+    def rows(self, numbers: list[int]) -> torch.Tensor:
+        """These rows of the stream, each with the token that follows it: (len(numbers), T + 1) of int32."""
+        return torch.from_numpy(np.stack([self.read(i * self.T, self.T + 1) for i in numbers]).astype(np.int32))
 
-    def micro_batches(self, first: int, B: int, stride: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def micro_batches(self, first: int, B: int, stride: int) -> Iterator[torch.Tensor]:
         """For ever: the B global rows from `first` on, then those `stride` further, and so on, read one ahead."""
         with ThreadPoolExecutor(max_workers=1) as pool:
             ahead = None
@@ -364,6 +346,15 @@ class DataLoaderLite:
                 ready, ahead = ahead, pool.submit(lambda g: self.rows(self.row_numbers(g, B)), g)
                 if ready is not None:
                     yield ready.result()
+
+
+def inputs_and_targets(rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (B, T + 1) of int32 as inputs and targets on the device, each (B, T) of int64; to a GPU they are copied from
+    pinned memory, while it still computes."""
+    if device.type == "cuda":
+        rows = rows.pin_memory()
+    rows = rows.to(device, non_blocking=True).long()
+    return rows[:, :-1], rows[:, 1:]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -389,21 +380,31 @@ def find_save(given: dict) -> tuple[Path | None, dict | None, list[str]]:
 def load_pretrained(name_or_dir: str) -> GPT:
     """The model that --init_from names. Raises RunError."""
     try:
-        return GPT.from_pretrained(name_or_dir)
-    except (OSError, ValueError, KeyError) as e:
+        model = GPT.from_pretrained(name_or_dir)
+    except Exception as e:  # whatever a hub's client may raise, or a file that is no model
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise RunError(f"--init_from {name_or_dir}: no GPT-2 there, or out of reach: {reason}") from None
+    if model.config.vocab_size < GPT2_VOCAB_SIZE:
+        raise RunError(
+            f"--init_from {name_or_dir}: has {model.config.vocab_size} tokens, not GPT-2's {GPT2_VOCAB_SIZE}"
+        )
+    return model
 
 
-def request(given: dict, record: dict | None, pretrained: GPTConfig | None, device: torch.device) -> TrainConfig:
+def request(given: dict, record: dict | None, pretrained: GPTConfig | None, ranks: Ranks) -> TrainConfig:
     """What is asked for: the flags, over the preset or the save that is resumed, over the defaults."""
     if record is not None:
-        saved = record["requested"]
-        changed = given.get("preset", saved["preset"]) != saved["preset"]
-        return TrainConfig(**(saved | (PRESETS[given["preset"]] if changed else {}) | given))
-    shards = Path(given.get("data") or default_data()).is_dir()
-    default = ("gpt2" if shards else "small") if device.type == "cuda" else "tiny" if device.type == "cpu" else "small"
-    preset = given.get("preset", default)
+        saved = {name: value for name, value in record["requested"].items() if name in TrainConfig.__annotations__}
+        if record["ranks"] == ranks.size:
+            saved["micro_batch_size"] = record["config"]["micro_batch_size"]
+        if Path(record["config"]["data"]).exists():
+            saved["data"] = record["config"]["data"]
+        if given.get("preset", saved["preset"]) != saved["preset"]:
+            saved |= PRESETS[given["preset"]]
+        return TrainConfig(**(saved | given))
+    on_shards = Path(given.get("data") or default_data()).is_dir()
+    defaults = dict(cpu="tiny", mps="small", cuda="gpt2" if on_shards else "small")
+    preset = given.get("preset", defaults[ranks.device.type])
     values = dict(PRESETS[preset], preset=preset)
     if pretrained is not None:
         shape = {name: getattr(pretrained, name) for name in ("n_layer", "n_head", "n_embd", "bias")}
@@ -411,9 +412,7 @@ def request(given: dict, record: dict | None, pretrained: GPTConfig | None, devi
             if given.get(name, value) != value:
                 raise RunError(f"--{name} {given[name]}: the model of --init_from has {value}; leave the flag out")
         if given.get("seq_len", 1) > pretrained.block_size:
-            raise RunError(
-                f"--seq_len {given['seq_len']}: --init_from has positions for {pretrained.block_size} tokens"
-            )
+            raise RunError(f"--seq_len {given['seq_len']}: --init_from has {pretrained.block_size} positions")
         values |= shape | dict(seq_len=pretrained.block_size, max_lr=3e-5)
     return TrainConfig(**(values | given))
 
@@ -421,7 +420,7 @@ def request(given: dict, record: dict | None, pretrained: GPTConfig | None, devi
 def default_data() -> str:
     """The prepared shards if they are here, else the text that comes with the project."""
     shards = ROOT / "edu_fineweb10B"
-    return str(shards if shards.is_dir() and any(shards.glob("*train*")) else ROOT / "input.txt")
+    return os.path.relpath(shards if shards.is_dir() and any(shards.glob("*train*")) else ROOT / "input.txt")
 
 
 def resolve(config: TrainConfig, data: Data, ranks: Ranks) -> TrainConfig:
@@ -445,13 +444,12 @@ def resolve(config: TrainConfig, data: Data, ranks: Ranks) -> TrainConfig:
     B = config.micro_batch_size
     unit = (B or 1) * T * ranks.size
     if total % unit:
-        near = [n * unit for n in (total // unit, total // unit + 1) if n]
-        fits = [n for n in range(1, total // ((B or 1) * T) + 1) if total % ((B or 1) * T * n) == 0]
+        near = " and ".join(str(n * unit) for n in (total // unit, total // unit + 1) if n)
+        whole, rest = divmod(total, unit // ranks.size)
+        fits = f", or {divisor_up_to(ranks.size, whole)} ranks" if ranks.size > 1 and rest == 0 else ""
         raise RunError(
-            f"--total_batch_size {total}: not a multiple of {unit} = "
-            + (f"micro_batch_size {B} × " if B else "")
-            + f"seq_len {T} × {ranks.size} rank{'s' * (ranks.size > 1)}; {' and '.join(map(str, near))} would be"
-            + (f", or {'/'.join(map(str, fits))} ranks" if fits and ranks.size > 1 else "")
+            f"--total_batch_size {total}: not a multiple of {unit} = {f'micro_batch_size {B} × ' if B else ''}"
+            f"seq_len {T} × {ranks.size} rank{'s' * (ranks.size > 1)}; {near} would be{fits}"
         )
     B = B or divisor_up_to(rows_that_fit(config, ranks), total // (T * ranks.size))
     device, dtype = ranks.device.type, choose_dtype(config.dtype, ranks.device)
@@ -462,14 +460,15 @@ def resolve(config: TrainConfig, data: Data, ranks: Ranks) -> TrainConfig:
 
 def divisor_up_to(limit: int, n: int) -> int:
     """The largest divisor of n that is at most limit, or 1."""
-    return max(d for d in range(1, n + 1) if n % d == 0 and (d == 1 or d <= limit))
+    divisors = {d for small in range(1, math.isqrt(n) + 1) if n % small == 0 for d in (small, n // small)}
+    return max(d for d in divisors if d == 1 or d <= limit)
 
 
 def rows_that_fit(config: TrainConfig, ranks: Ranks) -> int:
     """An estimate of the largest micro-batch, from the memory that is free now. (Too large a one is halved later.)
 
     Weights, gradients and Adam's moments take 16 bytes a parameter. A token's activations in mixed precision take
-    about 48 bytes a channel and layer, and its logits about 10 bytes an entry (bfloat16, float32, gradient).
+    about 48 bytes a channel and layer, and its logits, with their copies and gradients, 18 bytes an entry.
     """
     if ranks.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(ranks.device)
@@ -480,16 +479,18 @@ def rows_that_fit(config: TrainConfig, ranks: Ranks) -> int:
         lines = dict(line.split(":") for line in meminfo.read_text().splitlines()) if meminfo.exists() else {}
         free = int(lines.get("MemAvailable", "8000000 kB").split()[0]) * 1024 / ranks.local_size
     parameters = 12 * config.n_layer * config.n_embd**2 + (GPT2_VOCAB_SIZE + config.seq_len) * config.n_embd
-    per_token = 48 * config.n_layer * config.n_embd + 10 * GPT2_VOCAB_SIZE
+    per_token = 48 * config.n_layer * config.n_embd + 18 * GPT2_VOCAB_SIZE
     return int((0.8 * free - 16 * parameters) / (per_token * config.seq_len))
 
 
 def changes(config: TrainConfig, data: Data, ranks: Ranks, directory: Path, record: dict) -> str:
     """What is otherwise than when the run was saved, and may be. Raises RunError if it would be another run."""
-    old = record["config"] | dict(data=record["data"], ranks=record["ranks"])
-    new = asdict(config) | dict(data=data.fingerprint, ranks=ranks.size)
-    lines = {name: f"{name} {old[name]} → {new[name]}" for name in new if old[name] != new[name] and name != "resume"}
+    old = record["config"] | dict(ranks=record["ranks"])
+    new = asdict(config) | dict(ranks=ranks.size)
+    lines = {k: f"{k} {old.get(k)} → {new[k]}" for k in new if old.get(k) != new[k] and k != "resume"}
     fixed = [line for name, line in lines.items() if name in FIXED]
+    if record["data"] != data.fingerprint:
+        fixed.append(f"the data {old['data']} → {new['data']}, which has other tokens")
     if fixed:
         raise RunError(f"--resume {directory}: these may not change in mid-run: {', '.join(fixed)}; start a new run?")
     return ", ".join(lines.values()) or "nothing changed"
@@ -526,25 +527,21 @@ COMPILE_PAYS = dict(cuda=5e16, cpu=3e14)
 
 
 def why_eager(config: TrainConfig, device: torch.device, flops: float) -> str | None:
-    """Why a run of so many floating-point operations is not compiled, or None if it is."""
+    """Why a run of so many floating-point operations is not compiled, or None if compiling is to be tried."""
     if config.compile == "off":
         return "--compile off"
     if device.type == "mps":
         return "torch.compile is not ready for MPS"
-    if device.type == "cuda" and not find_spec("triton"):
-        return "torch.compile needs Triton, which is not installed"
-    if device.type == "cpu" and not any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "clang++", "cl")):
-        return "torch.compile needs a C++ compiler, and there is none"
     if config.compile == "auto" and flops < COMPILE_PAYS[device.type]:
         return "compiling would take longer than it saves in so short a run"
     return None
 
 
-# Dense matrix peak in 16 bit with float32 accumulation, FLOP/s, from the vendors' data sheets.
+# Dense matrix peak in 16 bit with float32 accumulation, FLOP/s, from the vendors' data sheets, by patterns of names.
 PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12,
-    "A100": 312e12, "A10G": 70e12, "A10": 125e12, "A40": 149.7e12, "L40S": 362e12, "L4": 121e12, "V100": 125e12,
-    "T4": 65e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+    "A100": 312e12, "A10G": 70e12, "A10": 125e12, "A40": 149.7e12, "L40S": 362e12, "L4": 121e12, "V100-SXM2": 125e12,
+    "T4": 65e12, "RTX 4090$": 165.2e12, "RTX 3090$": 71e12,
 }  # fmt: skip
 
 
@@ -553,49 +550,62 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     if device.type != "cuda" or dtype == "float32":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
+    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}(\b|$)", name)), None)
+
+
+def out_of_memory(e: Exception) -> bool:
+    """Whether this is some device's way to say so."""
+    return isinstance(e, torch.OutOfMemoryError | MemoryError) or any(
+        s in str(e) for s in ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    )
 
 
 def prepare(
-    raw_model: GPT, config: TrainConfig, ranks: Ranks, amp, eager: str | None
-) -> tuple[nn.Module, int, str | None]:
-    """Compile, wrap for DDP, and try a first forward and backward pass, with a smaller micro-batch or uncompiled where
-    it fails. Returns the module to train with, the micro-batch, and why it is eager (None if compiled).
+    raw_model: GPT, config: TrainConfig, ranks: Ranks, amp: torch.autocast, compiled: bool
+) -> tuple[nn.Module, int, list[str]]:
+    """Compile, wrap for DDP, and try a first forward and backward pass; if it fails, with a smaller micro-batch, or
+    uncompiled. Returns the module to train with, the micro-batch, and what there is to say.
 
     The trial runs without gradient synchronisation, so a rank that fails leaves none waiting; then all agree.
     """
     B, T = config.micro_batch_size, config.seq_len
+    notes = []
     while True:
-        model = raw_model if eager else torch.compile(raw_model, dynamic=False)
+        model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
         if ranks.size > 1:
             ids = [ranks.device.index] if ranks.device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-        problem, moments, idx = "", None, None
+        no_memory, no_compiler, moments = False, "", None
         try:
             moments = [torch.empty_like(p) for p in raw_model.parameters() for _ in range(2)]  # Adam's, still to come
-            idx = torch.zeros(B, T, dtype=torch.int64, device=ranks.device)
-            with model.no_sync() if ranks.size > 1 else nullcontext(), amp:
-                model(idx, idx)[1].backward()
-        except RuntimeError as e:
-            if not eager and isinstance(e, torch._dynamo.exc.BackendCompilerFailed):
-                problem = "compiler"
-            elif isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
-                problem = "memory"
-            else:
+            x, y = inputs_and_targets(torch.zeros(B, T + 1, dtype=torch.int32), ranks.device)
+            with model.no_sync() if ranks.size > 1 else nullcontext():
+                with amp:
+                    _, loss = model(x, y)
+                loss.backward()
+        except Exception as e:
+            no_memory = out_of_memory(e)
+            if not no_memory and compiled and isinstance(e, torch._dynamo.exc.TorchDynamoException):
+                no_compiler = str(e).strip().splitlines()[0]
+            elif not no_memory:
                 raise
-        del moments, idx
+        del moments
         raw_model.zero_grad(set_to_none=True)
-        no_compiler, no_memory = ranks.sum(problem == "compiler", problem == "memory")
-        if no_compiler:
-            eager = "torch.compile failed here; is there a C++ compiler, with Python's headers?"
-        elif not no_memory:
-            return model, B, eager
+        any_no_memory, any_no_compiler = ranks.sum(no_memory, bool(no_compiler))
+        if any_no_compiler:
+            compiled = False
+            notes.append(f"not compiled, torch.compile failed: {no_compiler or 'on another rank'}")
+        elif not any_no_memory:
+            break
         elif B == 1:
             raise RunError(f"out of memory with one row of {T} tokens: try a smaller --preset or --seq_len")
         else:
             B = divisor_up_to(B // 2, config.total_batch_size // (T * ranks.size))
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()
+    if B < config.micro_batch_size:
+        notes.append(f"out of memory: micro-batch {config.micro_batch_size} → {B}, the total batch stays")
+    return model, B, notes
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -619,7 +629,7 @@ def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    micro_batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    micro_batches: Iterator[torch.Tensor],
     step: int,
     config: TrainConfig,
     ranks: Ranks,
@@ -631,7 +641,7 @@ def train_step(
     accumulate = config.total_batch_size // (config.micro_batch_size * config.seq_len * ranks.size)
     loss_sum = torch.zeros((), device=ranks.device)
     for m in range(accumulate):
-        x, y = (to_device(t, ranks.device) for t in next(micro_batches))
+        x, y = inputs_and_targets(next(micro_batches), ranks.device)
         torch.manual_seed(dropout_seed(config, step, m * ranks.size + ranks.rank))
         model.require_backward_grad_sync = m == accumulate - 1  # DDP: average over the ranks once, with the last
         with amp:
@@ -641,10 +651,11 @@ def train_step(
         loss_sum += loss.detach()
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-    # The one time in a step that the host waits for the device. (The norm is the same on all ranks, unless one is NaN.)
+    # The one time in a step that the host waits for the device: all ranks learn of one's NaN, or its signal to stop.
     loss, norm, *signals.seen = ranks.sum(loss_sum / ranks.size, norm / ranks.size, *signals.received)
-    # With a scaler an infinite norm is nothing to stop for: it skips the step and halves the scale, until that is gone.
-    if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()) or scaler.get_scale() < 1:
+    # To a float16 scaler an infinite norm is nothing unusual: it skips the step and halves the scale, down to 1.
+    finite = math.isfinite(norm) or (scaler.is_enabled() and scaler.get_scale() >= 1)
+    if not (math.isfinite(loss) and finite):
         raise RunError(f"step {step}: loss {loss:g}, gradient norm {norm:g}; stopped before any weight changed", 3)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
@@ -652,11 +663,6 @@ def train_step(
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return loss, norm
-
-
-def to_device(t: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a batch to the device; to a GPU from pinned memory, while it still computes."""
-    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
 
 @torch.no_grad()
@@ -667,7 +673,7 @@ def evaluate(model: GPT, loader: DataLoaderLite, config: TrainConfig, ranks: Ran
     total = torch.zeros((), device=ranks.device)
     for first in range(ranks.rank * B, n, ranks.size * B):
         numbers = list(range(first, min(first + B, n)))
-        x, y = (to_device(t, ranks.device) for t in loader.rows(numbers))
+        x, y = inputs_and_targets(loader.rows(numbers), ranks.device)
         with amp:
             _, loss = model(x, y)
         total += loss * len(numbers)
@@ -713,24 +719,22 @@ class Signals:
     def __init__(self):
         self.received = [0.0, 0.0]  # by this rank
         self.seen = [0.0, 0.0]  # by any rank, as all agreed at the end of the last step
+        self.before = [signal.signal(number, self.receive) for number in self.numbers]
 
-    def __call__(self, number: int, frame) -> None:
+    def receive(self, number: int, frame) -> None:
         if any(self.received):
             os._exit(128 + number)
         self.received[self.numbers.index(number)] = 1.0
-
-    def __enter__(self) -> "Signals":
-        self.before = [signal.signal(number, self) for number in self.numbers]
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in zip(self.numbers, self.before, strict=True):
-            signal.signal(number, handler)
+        os.write(2, b"\nfinishing the step, then saving; a second signal stops at once\n")
 
     @property
     def stopping(self) -> signal.Signals | None:
         """The signal that the ranks have agreed to stop for."""
         return next((number for number, seen in zip(self.numbers, self.seen, strict=True) if seen), None)
+
+    def restore(self) -> None:
+        for number, handler in zip(self.numbers, self.before, strict=True):
+            signal.signal(number, handler)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -749,55 +753,48 @@ class RunLog:
         self.config = config
         self.dir = Path(config.log_dir)
         self.lock = FileLock(self.dir / ".lock")
-        self.bar = None
+        self.files, self.bar = [], None
         existing = next(p for p in (self.dir, *self.dir.absolute().parents) if p.exists())
         if not existing.is_dir():
             raise RunError(f"--log_dir {self.dir}: {existing} is a file, not a directory")
         if not os.access(existing, os.W_OK):
             raise RunError(f"--log_dir {self.dir}: {existing} cannot be written to")
 
-    def open(self, resumed: Path | None, step: int, run: dict) -> None:
+    def open(self, resumed: Path | None, step: int, facts: dict) -> None:
         """Lock the directory; move an older run out of the way, or cut the log back to the step it goes on from."""
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
+            checkpoint.clean(self.dir)
+            if resumed is not None and resumed.absolute().parent == self.dir.absolute():
+                for line in checkpoint.set_aside(self.dir, resumed, step):
+                    self.say(line)
+                again = dict(val=self.config.eval_every, hella=self.config.hellaswag_every)
+                kept = tuple(kind for kind, every in again.items() if not is_due(every, step, self.config.max_steps))
+                checkpoint.cut_log(self.dir / "log.txt", step, kept)
+                checkpoint.cut_log(self.dir / "steps.csv", step)
+            elif old := checkpoint.archive(self.dir):
+                self.say(f"the run that was in {self.dir} is now in {old} (to go on with one, add --resume)")
+            (self.dir / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            # Line by line: what is written is on its way to the disk, whatever happens to this process.
+            self.files = [
+                open(self.dir / name, "a", encoding="utf-8", buffering=1) for name in ("log.txt", "steps.csv")
+            ]
+            if self.files[1].tell() == 0:
+                self.files[1].write("step,tokens,loss,lr,norm,seconds\n")
         except Timeout:
             raise RunError(f"--log_dir {self.dir}: another run is writing there; give this one its own") from None
         except OSError as e:
-            raise RunError(f"--log_dir {self.dir}: cannot be written to ({e.strerror})") from None
-        checkpoint.clean(self.dir)
-        if resumed is None:
-            self.archive()
-        else:
-            for line in checkpoint.set_aside(self.dir, resumed, step):
-                self.say(line)
-            for path in self.dir / "log.txt", self.dir / "steps.csv":
-                cut(path, step)
-        (self.dir / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-        self.text = open(self.dir / "log.txt", "a", encoding="utf-8", buffering=1)  # a line is written when it ends
-        self.table = open(self.dir / "steps.csv", "a", encoding="utf-8", buffering=1)
-        if self.table.tell() == 0:
-            self.table.write("step,tokens,loss,lr,norm,seconds\n")
+            raise RunError(f"--log_dir {self.dir}: {e.filename} cannot be written to ({e.strerror})") from None
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.config.max_steps, initial=step, unit="step", dynamic_ncols=True)
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        self.text.close()
-        self.table.close()
+        for file in self.files:
+            file.close()
         self.lock.release()
-
-    def archive(self) -> None:
-        """Move the files of the run that lies here, and nothing else, to old-<date-time>/."""
-        names = ("log.txt", "steps.csv", "run.json", "curves.png")
-        files = [p for p in map(self.dir.joinpath, names) if p.exists()] + [*self.dir.glob("step_*")]
-        if files:
-            old = self.dir / f"old-{datetime.now():%Y%m%d-%H%M%S-%f}"
-            old.mkdir()
-            for p in files:
-                p.rename(old / p.name)
-            self.say(f"the run that was in {self.dir} is now in {old} (to go on with one, add --resume)")
 
     def say(self, line: str) -> None:
         """Print a line, above the progress bar if there is one."""
@@ -806,9 +803,10 @@ class RunLog:
 
     def train(self, step: int, loss: float, lr: float, norm: float, seconds: float, mfu: float | None) -> None:
         """The step that led to step + 1, which took so many seconds."""
+        log, table = self.files
         batch = self.config.total_batch_size
-        self.text.write(f"{step} train {loss:.9g}\n")
-        self.table.write(f"{step},{(step + 1) * batch},{loss:.9g},{lr:.9g},{norm:.9g},{seconds:.6g}\n")
+        log.write(f"{step} train {loss:.9g}\n")
+        table.write(f"{step},{(step + 1) * batch},{loss:.9g},{lr:.9g},{norm:.9g},{seconds:.6g}\n")
         speed = f"{batch / seconds:,.0f} tok/s, MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {loss:.4f}, {speed}", refresh=False)
@@ -819,7 +817,8 @@ class RunLog:
 
     def result(self, step: int, name: str, value: float, text: str) -> None:
         """An evaluation of the weights as they are at a step."""
-        self.text.write(f"{step} {name} {value:.9g}\n")
+        if self.files:
+            self.files[0].write(f"{step} {name} {value:.9g}\n")
         self.say(f"step {step}: {text} {value:.4f}")
 
     def best_saved_step(self) -> int | None:
@@ -830,25 +829,12 @@ class RunLog:
         return min(losses, key=losses.get, default=None)
 
 
-def cut(path: Path, step: int) -> None:
-    """Keep of a log only the lines of earlier steps: the run that goes on from this one writes the others again."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.startswith("step,") or int(re.match(r"\d*", line)[0] or step) < step]
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
-
-
 def facts(config: TrainConfig, ranks: Ranks, model: GPT, data: Data) -> dict:
     """What to know of a run later on: for run.json."""
-    commit = None
-    if shutil.which("git"):
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        commit = git.stdout.strip() if git.returncode == 0 else None
+    git = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return dict(
         config=asdict(config),
-        git_commit=commit,
+        git_commit=git.stdout.strip() if git and git.returncode == 0 else None,
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
         device=torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device.type,
         ranks=ranks.size,
@@ -861,20 +847,23 @@ def facts(config: TrainConfig, ranks: Ranks, model: GPT, data: Data) -> dict:
 
 def introduce(config: TrainConfig, given: dict, data: Data, ranks: Ranks, model: GPT, eager: str | None) -> list[str]:
     """The first lines of a run: what was chosen, and why."""
-    why = "as asked" if "preset" in given else f"the default on {config.device}"
+    resumed = "resume" in given
+    why = "as asked" if "preset" in given else "of the save" if resumed else f"the default on {config.device}"
     origin = f", from {config.init_from}" if config.init_from else ""
     kind = "text" if data.is_text else f"{len(data.train)} training shards"
-    default = "" if "data" in given else ", the default" + (" with no shards in edu_fineweb10B/" * data.is_text)
+    by_default = "" if "data" in given or resumed else ", the default"
+    by_default += ", as there are no shards in edu_fineweb10B/" if by_default and data.is_text else ""
     tokens, B = config.max_steps * config.total_batch_size, config.micro_batch_size
     accumulate = config.total_batch_size // (B * config.seq_len * ranks.size)
     return [
-        f"model    {config.preset} ({why}): {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, "
-        f"context {config.seq_len}, {model.num_parameters() / 1e6:,.2f}M parameters{origin}",
-        f"data     {config.data} ({kind}{default}): {data.n_tokens:,} training tokens",
+        f"preset   {config.preset} ({why})",
+        f"model    {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, context {config.seq_len}, "
+        f"{model.num_parameters() / 1e6:,.2f}M parameters{origin}",
+        f"data     {config.data} ({kind}{by_default}): {data.n_tokens:,} training tokens",
         f"run      {config.max_steps:,} steps of {config.total_batch_size:,} tokens, "
         f"{tokens / data.n_tokens:.2f} epochs; log and saves in {config.log_dir}/",
         f"compute  {ranks.size} × {config.device}, {config.dtype}, {accumulate} × {B} rows a step, "
-        f"{f'not compiled: {eager}' if eager else 'compiled'}",
+        f"{f'not compiled: {eager}' if eager else 'compiling (the first time takes a minute)'}",
         f"GPT-2 124M in full: {FULL_RUN}",
     ]
 
@@ -883,101 +872,114 @@ def introduce(config: TrainConfig, given: dict, data: Data, ranks: Ranks, model:
 # The run
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict | None, ranks: Ranks) -> None:
-    """Load on every rank the optimizer state that rank 0 has read: hosts may share no disk."""
-    layout = ranks.first(lambda: tree_map_only(torch.Tensor, lambda t: t.to("meta"), state))
-    if ranks.rank > 0:
-        state = tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="cpu"), layout)
-    optimizer.load_state_dict(state)
-    for moments in optimizer.state.values():
-        for tensor in moments.values():
-            ranks.broadcast(tensor)
+def build(
+    config: TrainConfig, pretrained: GPT | None, resumed: Path | None, ranks: Ranks
+) -> tuple[GPT, torch.optim.AdamW, torch.amp.GradScaler]:
+    """The model, its optimizer and the float16 scaler: from the save, from --init_from, or new. Rank 0 alone reads, for
+    hosts may share no disk; then all get its tensors. Raises RunError."""
+    names = "n_layer", "n_head", "n_embd", "dropout", "bias"
+    shape = GPTConfig(block_size=config.seq_len, **{name: getattr(config, name) for name in names})
+    shape = ranks.first(lambda: pretrained.config if pretrained else shape)
+
+    def read() -> tuple[GPT, dict | None]:
+        try:
+            if resumed is not None and ranks.rank == 0:
+                model, state = checkpoint.load(resumed)
+            else:
+                torch.manual_seed(config.seed)
+                model, state = pretrained or GPT(shape), None
+            model.adapt(config.seq_len, config.dropout)
+            return model.to(ranks.device), state
+        except (RuntimeError, MemoryError) as e:
+            if out_of_memory(e):
+                raise RunError("the model does not fit into memory: try a smaller --preset") from None
+            raise
+
+    model, state = ranks.each(read)
+    optimizer = model.configure_optimizers(config.weight_decay, config.max_lr)
+    scaler = torch.amp.GradScaler(config.device, enabled=config.dtype == "float16")
+    if resumed is not None:
+        layout = ranks.first(lambda: tree_map_only(torch.Tensor, lambda t: t.to("meta"), state))
+        if ranks.rank > 0:
+            state = tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="cpu"), layout)
+        optimizer.load_state_dict(state["optimizer"])
+        if scaler.is_enabled() and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+    if ranks.size > 1:
+        moments = [t for entry in optimizer.state.values() for t in entry.values()]
+        for tensor in [p.data for p in model.parameters()] + moments:
+            dist.broadcast(tensor, src=0)
+    return model, optimizer, scaler
 
 
-def train(given: dict, ranks: Ranks, signals: Signals) -> signal.Signals | None:
-    """A whole run, from flags to the last save. Returns the signal that ended it early, if one did. Raises RunError."""
+def is_due(every: int, step: int, max_steps: int) -> bool:
+    """Whether something that comes every so many steps, and at the end, comes at this one."""
+    return every > 0 and (step % every == 0 or step == max_steps)
+
+
+def train(given: dict, ranks: Ranks) -> int:
+    """A whole run, from flags to the last save; returns the exit status. Raises RunError."""
     torch.set_float32_matmul_precision("high")  # TF32, for what is left in float32
     resumed, record, notes = ranks.first(lambda: find_save(given))
-    from_hub = given.get("init_from") if record is None else None
-    raw_model = ranks.each(lambda: load_pretrained(from_hub) if from_hub and ranks.rank == 0 else None)
-    requested = ranks.first(lambda: request(given, record, raw_model and raw_model.config, ranks.device))
+    init_from = None if resumed else given.get("init_from")
+    pretrained = ranks.each(lambda: load_pretrained(init_from) if init_from and ranks.rank == 0 else None)
+    requested = ranks.first(lambda: request(given, record, pretrained and pretrained.config, ranks))
     path = ranks.first(lambda: requested.data or default_data())
     data = ranks.each(lambda: open_data(Path(path)))
     config = ranks.first(lambda: replace(resolve(requested, data, ranks), data=path))
     loader = ranks.each(lambda: DataLoaderLite(data.train, config.seq_len, config.seed, shuffle_first=data.is_text))
     val_loader = ranks.each(lambda: DataLoaderLite(data.val, config.seq_len))
+    step = first_step = record["step"] if record else 0
     if record is not None:
         different = ranks.first(lambda: changes(config, data, ranks, resumed, record))
-        notes.append(f"resumed {resumed} at step {record['step']}: {different}")
+        notes.append(f"resumed {resumed} at step {step}: {different}")
     log = ranks.each(lambda: RunLog(config) if ranks.rank == 0 else None)
     say = log.say if log else lambda line: None
 
-    # The model and the optimizer, from a save, from --init_from, or new; rank 0 has read them, all get its tensors.
-    step, state = 0, None
-    if record is not None:
-        step = record["step"]
-        if ranks.rank == 0:
-            raw_model, state = checkpoint.load(resumed)
-    if raw_model is None:
-        shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "bias", "dropout")}
-        torch.manual_seed(config.seed)
-        raw_model = GPT(GPTConfig(block_size=config.seq_len, **shape))
-    raw_model.adapt(config.seq_len, config.dropout)
-    raw_model.to(ranks.device)
-    optimizer = raw_model.configure_optimizers(config.weight_decay, config.max_lr)
+    raw_model, optimizer, scaler = build(config, pretrained, resumed, ranks)
     amp = torch.autocast(config.device, getattr(torch, config.dtype), enabled=config.dtype != "float32")
-    scaler = torch.amp.GradScaler(config.device, enabled=config.dtype == "float16")
-    if record is not None:
-        load_optimizer(optimizer, state and state["optimizer"], ranks)
-        scaler.load_state_dict(ranks.first(lambda: state["scaler"]))
-    for p in raw_model.parameters():
-        ranks.broadcast(p.data)
-
-    tokens_left = (config.max_steps - step) * config.total_batch_size
-    eager = why_eager(config, ranks.device, raw_model.flops_per_token() * tokens_left / ranks.size)
-    if tokens_left:
-        model, B, eager = prepare(raw_model, config, ranks, amp, eager)
-        if B < config.micro_batch_size:
-            notes.append(f"out of memory: micro-batch {config.micro_batch_size} → {B}, the total batch stays")
-            config = replace(config, micro_batch_size=B)
     exam = None
     if config.hellaswag_every:
         exam, problem = ranks.first(lambda: load_exam(config.seq_len))
         notes += [problem] if problem else []
-
-    # From here on the run writes.
-    stamp = dict(requested=asdict(replace(requested, resume=None)), config=asdict(config), data=data.fingerprint)
-    stamp["ranks"] = ranks.size
-    ranks.first(lambda: log.open(resumed, step, facts(config, ranks, raw_model, data)))
+    tokens_left = (config.max_steps - step) * config.total_batch_size
+    eager = ranks.first(lambda: why_eager(config, ranks.device, raw_model.flops_per_token() * tokens_left / ranks.size))
     for line in introduce(config, given, data, ranks, raw_model, eager) + notes:
         say(line)
-    B, T, W = config.micro_batch_size, config.seq_len, ranks.size
-    micro_batches = loader.micro_batches(step * (config.total_batch_size // T) + ranks.rank * B, B, stride=W * B)
-    peak = peak_flops(ranks.device, config.dtype)
-    first_step = step
+    if tokens_left:
+        model, B, notes = prepare(raw_model, config, ranks, amp, compiled=eager is None)
+        config = replace(config, micro_batch_size=B)
+        for line in notes:
+            say(line)
+    if config.max_steps:  # from here on the run writes; one of no steps only evaluates
+        ranks.first(lambda: log.open(resumed, step, facts(config, ranks, raw_model, data)))
 
     def save() -> None:
+        state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+        info = dict(requested=asdict(replace(requested, resume=None)), config=asdict(config))
+        info |= dict(data=data.fingerprint, ranks=ranks.size)
         try:
-            state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            path = checkpoint.save(log.dir, step, raw_model, state, stamp)
-            say(f"step {step}: saved {path}")
+            say(f"step {step}: saved {checkpoint.save(log.dir, step, raw_model, state, info)}")
         except checkpoint.DiskError as e:
             raise RunError(str(e), 4) from None
         for line in checkpoint.prune(log.dir, config.keep, log.best_saved_step()):
             say(line)
 
     def due(every: int) -> bool:
-        return every > 0 and (last or step % every == 0)
+        return is_due(every, step, config.max_steps)
 
+    B, T, W = config.micro_batch_size, config.seq_len, ranks.size
+    micro_batches = loader.micro_batches(step * (config.total_batch_size // T) + ranks.rank * B, B, stride=W * B)
+    peak = peak_flops(ranks.device, config.dtype)
+    signals = Signals()
     try:
         while True:
-            last = step == config.max_steps
-            stopping = signals.stopping
+            last, stopping = step == config.max_steps, signals.stopping
             if step > first_step and (last or stopping or due(config.save_every)):
                 ranks.first(save)
             if stopping:
                 say(f"stopped by {stopping.name} after step {step - 1}; add --resume to go on")
-                return stopping
+                return 128 + stopping
             raw_model.eval()
             if due(config.eval_every):
                 loss = evaluate(raw_model, val_loader, config, ranks, amp)
@@ -993,7 +995,8 @@ def train(given: dict, ranks: Ranks, signals: Signals) -> signal.Signals | None:
                         say(f"  > {text!r}")
             raw_model.train()
             if last:
-                return None
+                signals.seen = ranks.sum(*signals.received)
+                return 128 + signals.stopping if signals.stopping else 0
             started = time.perf_counter()
             loss, norm = train_step(model, optimizer, scaler, micro_batches, step, config, ranks, amp, signals)
             seconds = time.perf_counter() - started
@@ -1002,6 +1005,7 @@ def train(given: dict, ranks: Ranks, signals: Signals) -> signal.Signals | None:
                 log.train(step, loss, learning_rate(step, config), norm, seconds, mfu)
             step += 1
     finally:
+        signals.restore()
         micro_batches.close()
         if log:
             log.close()
@@ -1013,13 +1017,17 @@ def main(argv: list[str] | None = None) -> int:
         keep_pages()
         given = parse_flags(argv)
         ranks = Ranks.start(given.get("device", "auto"), given.get("dist_timeout", TrainConfig.dist_timeout))
-        with Signals() as signals:
-            ended_by = train(given, ranks, signals)
-        return 128 + ended_by if ended_by else 0
-    except RunError as e:
+        return train(given, ranks)
+    except RunError as e:  # which all ranks know of: one speaks on each host
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"train_gpt2.py: error: {e}", file=sys.stderr)
         return e.status
+    except ShardError as e:  # which the rank that read the tokens found alone
+        print(f"train_gpt2.py: error: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:
+        print(f"train_gpt2.py: error: {e.filename}: {e.strerror}", file=sys.stderr)
+        return 4
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

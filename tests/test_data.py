@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokens
 from conftest import BOOKS_TEXT
-from train_gpt2 import DataLoaderLite, RunError, TrainConfig, dropout_seed, learning_rate, open_data
+from train_gpt2 import DataLoaderLite, TrainConfig, dropout_seed, inputs_and_targets, learning_rate, open_data
 
 
 def make_files(lengths, seed=0):
@@ -35,7 +36,8 @@ def test_an_epoch_is_every_row_once_and_rows_are_windows_of_the_stream(shape, sh
         numbers = loader.row_numbers(epoch * n, n)
         assert sorted(numbers) == list(range(n))
         orders.append(numbers)
-        x, y = loader.rows(numbers)
+        x, y = inputs_and_targets(loader.rows(numbers), torch.device("cpu"))
+        assert x.shape == y.shape == (n, T) and x.dtype == y.dtype == torch.int64
         for i, inputs, targets in zip(numbers, x.tolist(), y.tolist(), strict=True):
             assert inputs == stream[i * T : i * T + T].tolist()
             assert targets == stream[i * T + 1 : i * T + T + 1].tolist()
@@ -57,9 +59,9 @@ def test_a_step_has_the_same_rows_for_every_micro_batch_and_number_of_ranks(shap
     lengths, T = shape
     W, B = split
     loader = DataLoaderLite(make_files(lengths), T, seed=1)
-    expected = loader.rows(loader.row_numbers(first_step * R, 3 * R))[0]  # three steps, at times over several epochs
+    expected = loader.rows(loader.row_numbers(first_step * R, 3 * R))  # three steps, at times over several epochs
     ranks = [loader.micro_batches(first_step * R + r * B, B, stride=W * B) for r in range(W)]
-    rows = [row for _ in range(3 * R // (W * B)) for rank in ranks for row in next(rank)[0].tolist()]
+    rows = [row for _ in range(3 * R // (W * B)) for rank in ranks for row in next(rank).tolist()]
     assert rows == expected.tolist()
     for rank in ranks:
         rank.close()
@@ -70,7 +72,7 @@ def test_an_id_that_is_none_is_named_with_its_shard_and_position():
     files[1][1][7] = 50257
     loader = DataLoaderLite(files, 4)
     loader.rows([0, 1])
-    with pytest.raises(RunError, match="shard 1: token 7 is 50257, but GPT-2's ids end at 50256"):
+    with pytest.raises(tokens.ShardError, match="shard 1: token 7 is 50257, but GPT-2's ids end at 50256"):
         loader.rows([4])
 
 

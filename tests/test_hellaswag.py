@@ -142,7 +142,9 @@ def test_an_ending_longer_than_the_context_stops_with_its_line(saved):
     model.adapt(16, 0.0)
     examples = hellaswag.read_examples(RECORDS, hellaswag.render_nanogpt)
     line = next(e.line for e in examples if max(map(len, e.endings)) > 16)
-    with pytest.raises(hellaswag.HellaSwagError, match=f"line {line}: an ending of .* tokens, but the model.s context is 16"):
+    with pytest.raises(
+        hellaswag.HellaSwagError, match=f"line {line}: an ending of .* tokens, but the model.s context is 16"
+    ):
         hellaswag.score(model, examples, 1000)
 
 

@@ -137,7 +137,7 @@ def test_from_pretrained_reads_what_transformers_and_the_hub_have(tmp_path, layo
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(model_type="llama"), "is no GPT-2: its config.json has model_type 'llama'"),
+        (dict(model_type="llama"), "no GPT-2: its config.json has model_type 'llama'"),
         (dict(activation_function="relu"), "activation_function 'relu'"),
         (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx True"),
         (dict(n_layer=3), "h.2.ln_1.weight: expected a tensor of shape .16,., found nothing"),

@@ -221,8 +221,8 @@ def test_the_last_checkpoint_holds_the_weights_that_were_evaluated(tmp_path, tex
         "train_gpt2.py", *SMALL[SMALL.index("--total_batch_size") :], "--data", text, "--init_from",
         tmp_path / "step_000008", "--max_steps", 0, "--log_dir", tmp_path / "evaluation",
     )  # fmt: skip
-    assert losses(tmp_path, "val")[8] == losses(tmp_path / "evaluation", "val")[0]
-    assert not list((tmp_path / "evaluation").glob("step_*")) and "validation loss" in done.stdout
+    assert f"step 0: validation loss {losses(tmp_path, 'val')[8]:.4f}\n" in done.stdout
+    assert not (tmp_path / "evaluation").exists()  # it only evaluates
 
 
 def test_validation_is_on_the_same_tokens_for_every_micro_batch(tmp_path, text):
@@ -264,7 +264,7 @@ def test_fine_tuning_takes_the_shape_from_the_model(tmp_path, text):
     saved = json.loads((tmp_path / "second/step_000003/config.json").read_text())
     assert saved["n_positions"] == 16
     refused = run("train_gpt2.py", *flags, *common, "--seq_len", 33, status=2)
-    assert "--seq_len 33: --init_from has positions for 32 tokens" in refused.stderr
+    assert "--seq_len 33: --init_from has 32 positions" in refused.stderr
 
 
 def test_shards_are_read_in_both_formats(tmp_path, text):
@@ -291,8 +291,11 @@ def test_shards_are_read_in_both_formats(tmp_path, text):
 def test_compiled_equals_eager_and_leaves_no_trace_in_names(tmp_path, text):
     shape = "--n_layer", 1, "--max_steps", 3, "--sample_every", 2, "--dropout", 0.0
     train(text, tmp_path / "eager", *shape)
-    done = train(text, tmp_path / "compiled", *shape, "--compile", "on")
-    assert ", compiled" in done.stdout
+    script = tmp_path / "train.py"
+    script.write_text(GRAPHS.format(root=str(ROOT)))
+    done = run(script, *SMALL, "--data", text, "--log_dir", tmp_path / "compiled", *shape, "--compile", "on")
+    assert "compiling" in done.stdout and "not compiled" not in done.stdout
+    assert "graphs 1\n" in done.stdout  # the trial compiles what training uses; evaluation and samples stay eager
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-4)
     from safetensors import safe_open
 
@@ -300,11 +303,22 @@ def test_compiled_equals_eager_and_leaves_no_trace_in_names(tmp_path, text):
         assert all(name.startswith("transformer.") for name in f.keys())
 
 
+GRAPHS = """
+import sys
+sys.path.insert(0, {root!r})
+import train_gpt2
+status = train_gpt2.main()
+from torch._dynamo.utils import counters
+print("graphs", counters["stats"]["unique_graphs"])
+sys.exit(status)
+"""
+
+
 def test_without_a_compiler_the_run_goes_on_and_says_so(tmp_path, text):
     path = tmp_path / "bin"
     path.mkdir()
     done = train(text, tmp_path / "log", "--max_steps", 2, "--compile", "on", env={"PATH": str(path), "CXX": ""})
-    assert "not compiled: torch.compile needs a C++ compiler, and there is none" in done.stdout
+    assert "not compiled, torch.compile failed: " in done.stdout and "compiler" in done.stdout
 
 
 def test_a_compiler_that_fails_is_no_end_either(tmp_path, text):
@@ -313,7 +327,7 @@ def test_a_compiler_that_fails_is_no_end_either(tmp_path, text):
     fake.chmod(0o755)
     env = {"CXX": str(fake), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = train(text, tmp_path / "log", "--max_steps", 2, "--compile", "on", env=env)
-    assert "not compiled: torch.compile failed here" in done.stdout
+    assert "not compiled, torch.compile failed: " in done.stdout
 
 
 FAULTY = """
@@ -395,8 +409,8 @@ def test_the_first_command_as_printed(clone):
             process.terminate()
     assert process.wait() == 143
     output = "".join(lines)
-    assert "tiny (the default on cpu): 4 layers, 4 heads, 256 wide, context 128" in output
-    assert "input.txt (text, the default with no shards in edu_fineweb10B/): 301,966 training tokens" in output
+    assert "tiny (the default on cpu)" in output and "4 layers, 4 heads, 256 wide, context 128" in output
+    assert "input.txt (text, the default, as there are no shards in edu_fineweb10B/): 301,966 training" in output
     assert "GPT-2 124M in full: python fineweb.py && torchrun --nproc_per_node=8 train_gpt2.py --preset gpt2" in output
     assert checkpoint.newest(clone / "log")[0] is not None
 
@@ -414,6 +428,10 @@ def test_evaluating_on_two_ranks_gives_the_weights_of_the_model_to_both(tmp_path
     train(text, tmp_path / "first", "--max_steps", 2)
     flags = "--data", text, "--init_from", tmp_path / "first/step_000002", "--max_steps", 0, "--device", "cpu"
     flags += "--dtype", "float32", "--eval_tokens", 320, "--sample_every", 0, "--total_batch_size", 64
+    values = []
     for ranks in 1, 2:
-        run("train_gpt2.py", *flags, "--log_dir", tmp_path / str(ranks), ranks=ranks)
-    assert_close(losses(tmp_path / "1", "val"), losses(tmp_path / "2", "val"))
+        done = run("train_gpt2.py", *flags, "--log_dir", tmp_path / "none", ranks=ranks)
+        (line,) = [line for line in done.stdout.splitlines() if "validation loss" in line]
+        values.append(float(line.split()[-1]))
+    assert values[0] == pytest.approx(values[1], abs=1.1e-4)  # as printed, four digits behind the point
+    assert values[0] == pytest.approx(losses(tmp_path / "first", "val")[2], abs=0.1)
