@@ -8,6 +8,7 @@ each a flat run of uint16 token ids in one of two formats:
 """
 
 import hashlib
+import json
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -134,3 +135,20 @@ def shard_paths(directory: Path, split: str) -> list[Path]:
     if not chosen:
         raise ShardError(f'{directory}: none of its {len(shards)} shards has "{split}" in its name')
     return chosen
+
+
+def check_manifest(directory: Path, tokens: dict[str, int]) -> None:
+    """Compare a directory's shards, by name their number of tokens, with its manifest.json. Raises ShardError."""
+    path = directory / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        expected = {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
+        complete = manifest["complete"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ShardError(f"{path}: cannot be read as a manifest ({e!r})") from None
+    if not complete:
+        raise ShardError(f"{directory}: not all of its shards are written yet: give the command again that began it")
+    for name in sorted(expected.keys() | tokens.keys()):
+        if expected.get(name) != tokens.get(name):
+            has, says = (f"{n[name]:,} tokens" if name in n else "no such shard" for n in (tokens, expected))
+            raise ShardError(f"{directory / name}: {has} there, but {path.name} says {says}; see fineweb.py --verify")

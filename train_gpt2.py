@@ -42,7 +42,7 @@ from tqdm import tqdm
 import checkpoint
 import hellaswag
 from model import GPT, GPT2_VOCAB_SIZE, SIZES, GPTConfig
-from tokens import ShardError, check_ids, gpt2_encoding, open_shard, shard_paths
+from tokens import ShardError, check_ids, check_manifest, gpt2_encoding, open_shard, shard_paths
 
 ROOT = Path(__file__).resolve().parent
 FULL_RUN = "python fineweb.py && torchrun --nproc_per_node=8 train_gpt2.py --preset gpt2"
@@ -65,12 +65,14 @@ class RunError(Exception):
 # Laid over the defaults of TrainConfig, which are the published recipe of GPT-2 124M, and under the user's flags.
 PRESETS = {
     "tiny": dict(
-        n_layer=4, n_head=4, n_embd=256, seq_len=128, total_batch_size=2048, max_steps=500, max_lr=3e-3,
-        eval_every=100, eval_tokens=32768, hellaswag_every=0, sample_every=100, save_every=100,
+        n_layer=4, n_head=4, n_embd=256, seq_len=128, total_batch_size=2048,
+        max_steps=550, max_lr=2e-3, min_lr=0.0, warmup_steps=100,
+        eval_every=110, eval_tokens=32768, hellaswag_every=0, sample_every=110, save_every=110,
     ),
     "small": dict(
-        n_layer=6, n_head=6, n_embd=384, seq_len=256, total_batch_size=8192, max_steps=500, max_lr=2e-3,
-        eval_every=100, eval_tokens=32768, hellaswag_every=0, sample_every=100, save_every=100,
+        n_layer=6, n_head=6, n_embd=384, seq_len=256, total_batch_size=8192,
+        max_steps=200, max_lr=1.5e-3, min_lr=0.0, warmup_steps=40,
+        eval_every=50, eval_tokens=32768, hellaswag_every=0, sample_every=50, save_every=100,
     ),
     **SIZES,
 }  # fmt: skip
@@ -276,6 +278,7 @@ def open_data(path: Path) -> Data:
             train, val = ([(p.name, open_shard(p)) for p in shard_paths(path, split)] for split in ("train", "val"))
             fingerprint = {name: len(tokens) for name, tokens in val + train}
             if (path / "manifest.json").exists():
+                check_manifest(path, fingerprint)
                 fingerprint["manifest.json"] = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
             return Data(train, val, False, fingerprint)
         content = path.read_bytes()
@@ -414,6 +417,8 @@ def request(given: dict, record: dict | None, pretrained: GPTConfig | None, rank
         if given.get("seq_len", 1) > pretrained.block_size:
             raise RunError(f"--seq_len {given['seq_len']}: --init_from has {pretrained.block_size} positions")
         values |= shape | dict(seq_len=pretrained.block_size, max_lr=3e-5)
+    if "max_steps" in given:
+        values.pop("warmup_steps", None)  # a preset's warm-up is for its own length
     return TrainConfig(**(values | given))
 
 
