@@ -416,7 +416,7 @@ def request(given: dict, record: dict | None, pretrained: GPTConfig | None, rank
                 raise RunError(f"--{name} {given[name]}: the model of --init_from has {value}; leave the flag out")
         if given.get("seq_len", 1) > pretrained.block_size:
             raise RunError(f"--seq_len {given['seq_len']}: --init_from has {pretrained.block_size} positions")
-        values |= shape | dict(seq_len=pretrained.block_size, max_lr=3e-5)
+        values |= shape | dict(seq_len=pretrained.block_size, max_lr=3e-5, min_lr=None, warmup_steps=None)
     if "max_steps" in given:
         values.pop("warmup_steps", None)  # a preset's warm-up is for its own length
     return TrainConfig(**(values | given))

@@ -21,9 +21,9 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
 }
 
-# 2 layers, 64 wide, 32 tokens, 8 rows a step, in float32 and eager.
+# 2 layers, 32 wide, 32 tokens, 8 rows a step, in float32 and eager.
 SMALL = (
-    "--n_layer 2 --n_head 2 --n_embd 64 --seq_len 32 --total_batch_size 256 --max_steps 8 --max_lr 1e-3 "
+    "--n_layer 2 --n_head 2 --n_embd 32 --seq_len 32 --total_batch_size 256 --max_steps 8 --max_lr 1e-3 "
     "--dtype float32 --compile off --device cpu --eval_every 4 --eval_tokens 256 --sample_every 0 --save_every 4 "
     "--dist_timeout 60"
 ).split()

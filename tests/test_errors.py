@@ -186,7 +186,7 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--n_layer 3 --n_embd 32", "n_layer 2 → 3, n_embd 64 → 32"),
+        ("--n_layer 3 --n_embd 64", "n_layer 2 → 3, n_embd 32 → 64"),
         ("--total_batch_size 512", "total_batch_size 256 → 512"),
         ("--seq_len 16", "seq_len 32 → 16"),
         ("--seed 3", "seed 1337 → 3"),

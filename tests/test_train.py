@@ -98,7 +98,7 @@ def test_eight_micro_batches_of_one_row_equal_one_of_eight(tmp_path, forty_steps
     train(text, tmp_path, "--max_steps", 40, "--micro_batch_size", 1)
     assert_close(losses(log), losses(tmp_path))
     assert_close(losses(log, "val"), losses(tmp_path, "val"))
-    assert losses(log)[39] < losses(log)[0] - 1
+    assert losses(log)[39] < losses(log)[0] - 0.5
 
 
 def test_two_ranks_equal_one(tmp_path, forty_steps):
@@ -204,7 +204,7 @@ def test_log_and_checkpoint(tmp_path, text):
     assert [int(row["tokens"]) for row in table] == [256 * (i + 1) for i in range(8)]
     assert [row["loss"] for row in table] == list(read_log(tmp_path).values())
     facts = json.loads((tmp_path / "run.json").read_text())
-    assert facts["config"]["max_steps"] == 8 and facts["parameters"] == 50257 * 64 + 32 * 64 + 2 * 49984 + 128
+    assert facts["config"]["max_steps"] == 8 and facts["parameters"] == 50257 * 32 + 32 * 32 + 2 * 12704 + 64
     # The newest, and the best by validation loss of those that were evaluated.
     assert [p.name for p in sorted(tmp_path.glob("step_*"))] == ["step_000004", "step_000008"]
     assert sorted(p.name for p in (tmp_path / "step_000008").iterdir()) == [
@@ -259,7 +259,7 @@ def test_fine_tuning_takes_the_shape_from_the_model(tmp_path, text):
     common = "--max_steps", 3, "--eval_every", 0, "--sample_every", 0, "--log_dir", tmp_path / "second"
     run("train_gpt2.py", *flags, *common, "--seq_len", 16)
     config = json.loads((tmp_path / "second/run.json").read_text())["config"]
-    assert (config["n_layer"], config["n_embd"], config["seq_len"]) == (2, 64, 16)
+    assert (config["n_layer"], config["n_embd"], config["seq_len"]) == (2, 32, 16)
     assert (config["max_lr"], config["min_lr"], config["warmup_steps"]) == (3e-5, 3e-5, 0)
     saved = json.loads((tmp_path / "second/step_000003/config.json").read_text())
     assert saved["n_positions"] == 16
