@@ -1,0 +1,483 @@
+"""fineweb.py against a straightforward loop over the documents, killed at random moments, and over a small hub."""
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fineweb
+import tokens
+from conftest import ENVIRONMENT, ROOT, command, run
+from hub import REVISION, Hub
+
+gigatoken = pytest.importorskip("gigatoken")
+BOOKS = ROOT.parent / "shared/data/books"
+ENCODERS = {"tiktoken": lambda: fineweb.encode_tiktoken, "gigatoken": fineweb.make_gigatoken}
+
+
+def shards_of(texts: list[str], shard_size: int) -> dict[str, bytes]:
+    """What the files must be, byte for byte: documents to ids by `transformers`' tokenizer, one after the other."""
+    import io
+
+    stream = []
+    for text in texts:
+        stream += [50256] + tokens.gpt2_encoding().encode_ordinary(text)
+    files = {}
+    for number, start in enumerate(range(0, len(stream), shard_size)):
+        file = io.BytesIO()
+        np.save(file, np.array(stream[start : start + shard_size], dtype=np.uint16))
+        files[f"edufineweb_{'val' if number == 0 else 'train'}_{number:06d}.npy"] = file.getvalue()
+    return files
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in directory.iterdir()}
+
+
+def shards(directory: Path) -> dict[str, bytes]:
+    return {name: content for name, content in contents(directory).items() if name.endswith(".npy")}
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[str]:
+    """1,500 documents from a novelist's day's work to a single word, and some that are empty."""
+    rng = random.Random(0)
+    text = (ROOT / "input.txt").read_text()
+    texts = ["", "word", "<|endoftext|>", "naïve — 東京 🙂‍↔️\x00\t \n\n", "x" * 5000]
+    for _ in range(1495):
+        start = rng.randrange(len(text) - 3000)
+        texts.append(text[start : start + rng.choice([0, 20, 300, 1000, 3000])])
+    return texts
+
+
+@pytest.fixture(scope="module")
+def parquet(documents, tmp_path_factory) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    directory = tmp_path_factory.mktemp("parquet")
+    for i in range(3):
+        part = documents[i * 500 : (i + 1) * 500]
+        table = pa.table({"id": list(range(500)), "text": part})
+        pq.write_table(table, directory / f"part-{i}.parquet", row_group_size=170)
+    return directory
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("num_proc, shard_size", [(1, 100_000), (2, 7_001), (4, 1_000)])
+def test_equals_a_straightforward_loop(tmp_path, parquet, documents, monkeypatch, encoder, num_proc, shard_size):
+    if encoder == "tiktoken":
+        monkeypatch.setattr(fineweb, "find_spec", lambda name: None)
+    flags = "--files", f"{parquet}/*.parquet", "--out_dir", tmp_path / "out", "--shard_size", shard_size
+    assert fineweb.main([str(f) for f in (*flags, "--num_proc", num_proc)]) == 0
+    expected = shards_of(documents, shard_size)
+    assert shards(tmp_path / "out") == expected
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["complete"] and manifest["documents"] == 1500 and len(manifest["shards"]) == len(expected)
+    assert fineweb.main(["--verify", str(tmp_path / "out")]) == 0
+
+
+def test_jsonl_gz_zst_and_txt(tmp_path, documents):
+    import pyarrow as pa
+
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in documents[:600])
+    (tmp_path / "a.jsonl").write_text(lines)
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as f:
+        f.write(lines)
+    with pa.CompressedOutputStream(str(tmp_path / "c.jsonl.zst"), "zstd") as f:
+        f.write(lines.encode())
+    (tmp_path / "d.txt").write_text("One document,\nof two lines.")
+    flags = "--files", tmp_path / "*.jsonl*", tmp_path / "d.txt", "--out_dir", tmp_path / "out", "--shard_size", 9999
+    assert fineweb.main([str(f) for f in flags]) == 0
+    texts = documents[:600] * 3 + ["One document,\nof two lines."]
+    assert shards(tmp_path / "out") == shards_of(texts, 9999)
+
+
+def test_limit_tokens(tmp_path, parquet, documents):
+    flags = "--files", f"{parquet}/*.parquet", "--out_dir", tmp_path, "--shard_size", 5000, "--limit_tokens", 12345
+    assert fineweb.main([str(f) for f in flags]) == 0
+    lengths = [len(np.load(p)) for p in sorted(tmp_path.glob("*.npy"))]
+    assert sum(lengths) == 12345
+    expected = shards_of(documents, 5000)
+    assert (tmp_path / "edufineweb_train_000001.npy").read_bytes() == expected["edufineweb_train_000001.npy"]
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_ends_byte_for_byte_the_same(tmp_path, parquet, kills):
+    """Slowed down by many small shards, each of which is flushed to the disk."""
+    flags = "--files", f"{parquet}/*.parquet", "--shard_size", 800, "--num_proc", 2
+    run("fineweb.py", *flags, "--out_dir", tmp_path / "whole")
+    rng, killed = random.Random(kills), 0
+    target = len(contents(tmp_path / "whole"))
+    while killed < kills:
+        process = subprocess.Popen(
+            command("fineweb.py", *flags, "--out_dir", tmp_path / "cut"),
+            env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        # Let it get on by a share of what is left, then strike at any moment.
+        have = len(list((tmp_path / "cut").glob("*.npy"))) if (tmp_path / "cut").exists() else 0
+        goal = have + max(1, (target - have) // (kills - killed + 1))
+        while process.poll() is None and (
+            not (tmp_path / "cut").exists() or len(list((tmp_path / "cut").glob("*.npy"))) < goal
+        ):
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.02)
+        process.kill()
+        process.wait()
+        killed += 1
+        for path in (tmp_path / "cut").glob("*.npy"):  # what has a shard's name is a whole shard
+            assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
+    done = run("fineweb.py", *flags, "--out_dir", tmp_path / "cut")
+    assert "going on after" in done.stdout
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_interrupted_politely(tmp_path, parquet, number, status):
+    flags = "--files", f"{parquet}/*.parquet", "--shard_size", 500, "--out_dir", tmp_path / "out"
+    process = subprocess.Popen(command("fineweb.py", *flags), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out/edufineweb_train_000003.npy").exists():
+        time.sleep(0.005)
+    process.send_signal(number)
+    assert process.communicate()[1].endswith("last whole shard\n") == (number == signal.SIGINT)
+    assert process.returncode == status
+    run("fineweb.py", *flags)
+    run("fineweb.py", *flags[:-1], tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+# The two encoders
+
+anything = st.text(st.characters(), max_size=60) | st.sampled_from(
+    [
+        "",
+        " " * 300,
+        "a" * 3000,
+        "\n\n \t\r\n",
+        "🙂‍↔️👩‍👩‍👧",
+        "<|endoftext|>",
+        "\ud800",
+        "\udc00\ud800",
+        "1234567890" * 30,
+        "don't WE'LL'll",
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def fast():
+    return fineweb.make_gigatoken()
+
+
+@settings(max_examples=400, deadline=None)
+@given(texts=st.lists(st.lists(anything, max_size=4).map("".join).map(fineweb.whole), min_size=1, max_size=5))
+def test_gigatoken_equals_tiktoken(fast, texts):
+    expected, lengths = fineweb.encode_tiktoken(texts)
+    found, found_lengths = fast(texts)
+    assert np.array_equal(found, expected) and np.array_equal(found_lengths, lengths)
+    assert [tokens.gpt2_encoding().encode_ordinary(text) for text in texts] == [
+        part.tolist() for part in np.split(expected, np.cumsum(lengths)[:-1])
+    ]
+
+
+@given(text=st.text(st.characters(), max_size=20))
+def test_halves_of_surrogate_pairs_become_what_tiktoken_makes_of_them(text):
+    encode = tokens.gpt2_encoding().encode_ordinary
+    assert encode(fineweb.whole(text)) == encode(text)
+
+
+def test_a_difference_between_the_encoders_stops_the_run(tmp_path, parquet, monkeypatch, capsys):
+    whole = fineweb.encode_tiktoken
+    monkeypatch.setattr(fineweb, "encode_tiktoken", lambda texts: (whole(texts)[0][::-1], whole(texts)[1]))
+    flags = "--files", f"{parquet}/part-1.parquet", "--out_dir", tmp_path / "out", "--shard_size", 1000
+    assert fineweb.main([str(f) for f in flags]) == 1
+    assert "gigatoken differs from tiktoken on" in capsys.readouterr().err
+
+
+# The hub, as a small server on loopback
+
+IMPATIENT = """
+import sys, time
+sys.path.insert(0, {root!r})
+import datasets.config
+datasets.config.STREAMING_READ_MAX_RETRIES = 2
+time.sleep = lambda seconds: None  # between the retries of the hub's client
+import fineweb
+sys.exit(fineweb.main())
+"""
+
+
+@pytest.fixture
+def hub(parquet, tmp_path):
+    files = {f"data/train-0000{i}-of-00003.parquet": p.read_bytes() for i, p in enumerate(sorted(parquet.iterdir()))}
+    rng = np.random.default_rng(0)
+    ready = {}
+    for name in "val_000000", "train_000001", "train_000002", "train_000003":
+        header = np.zeros(256, dtype="<i4")
+        header[:3] = 20240520, 1, 5000
+        ids = rng.integers(0, 50257, 5000).astype("<u2")
+        ready[f"finewebedu_{name}.bin"] = header.tobytes() + ids.tobytes()
+    hub = Hub({"some/documents": files, fineweb.PRETOKENIZED: ready})
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+def from_hub(hub, tmp_path):
+    script = tmp_path / "fineweb_impatient.py"
+    script.write_text(IMPATIENT.format(root=str(ROOT)))
+    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return lambda *flags, status=0: run(script, *flags, status=status, env=env)
+
+
+def test_a_data_set_on_the_hub(tmp_path, from_hub, documents):
+    flags = "--dataset", "some/documents", "--out_dir", tmp_path / "out", "--shard_size", 30_000
+    from_hub(*flags)
+    assert shards(tmp_path / "out") == shards_of(documents, 30_000)
+    source = json.loads((tmp_path / "out/manifest.json").read_text())["source"]
+    assert source == dict(dataset="some/documents", name=None, split="train", revision=REVISION)
+
+
+def test_a_connection_cut_in_mid_stream_is_exit_4_and_the_same_command_goes_on(tmp_path, hub, from_hub, documents):
+    flags = "--dataset", "some/documents", "--out_dir", tmp_path / "out", "--shard_size", 30_000
+    hub.faults["data/train-00002-of-00003.parquet"] = "cut"
+    done = from_hub(*flags, status=4)
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("fineweb.py: error: --dataset some/documents: ") and "the same command goes on" in line
+    before = shards(tmp_path / "out")
+    assert 2 < len(before) < len(shards_of(documents, 30_000))
+    hub.faults.clear()
+    hub.requests.clear()
+    done = from_hub(*flags)
+    assert "going on after" in done.stdout
+    assert shards(tmp_path / "out") == shards_of(documents, 30_000)
+    # Of the first file nothing is read again but its schema, for which `datasets` asks once.
+    assert sum("GET" in r and "train-00000-of" in r for r in hub.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "flags, status, message",
+    [
+        (["--dataset", "no/such"], 2, "--dataset no/such: no such data set on the hub"),
+        (
+            ["--dataset", "some/documents", "--text_column", "body"],
+            2,
+            "--text_column body: some/documents has id, text",
+        ),
+        (["--dataset", "some/documents", "--split", "dev"], 2, "--dataset some/documents: "),
+        (["--dataset", "some/documents", "--name", "dev"], 2, "--dataset some/documents: "),
+    ],
+)
+def test_wrong_data_sets(tmp_path, from_hub, flags, status, message):
+    done = from_hub(*flags, "--out_dir", tmp_path / "out", "--shard_size", 1000, status=status)
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("fineweb.py: error: ") and message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_ready_made_shards(tmp_path, hub, from_hub):
+    ready = hub.datasets[fineweb.PRETOKENIZED]
+    from_hub("--pretokenized", 2, "--out_dir", tmp_path / "out")
+    names = "finewebedu_val_000000.bin", "finewebedu_train_000001.bin", "finewebedu_train_000002.bin"
+    found = contents_of_files(tmp_path / "out")
+    assert found.keys() - {"manifest.json"} == set(names) and all(found[name] == ready[name] for name in names)
+    from_hub("--pretokenized", "all", "--out_dir", tmp_path / "out")
+    assert len(contents_of_files(tmp_path / "out")) == 5
+    assert fineweb.main(["--verify", str(tmp_path / "out")]) == 0
+    flags = (
+        "--preset",
+        "tiny",
+        "--n_layer",
+        1,
+        "--n_embd",
+        64,
+        "--max_steps",
+        1,
+        "--eval_tokens",
+        1024,
+        "--device",
+        "cpu",
+    )
+    run("train_gpt2.py", "--data", tmp_path / "out", "--log_dir", tmp_path / "log", *flags, "--sample_every", 0)
+
+
+def contents_of_files(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in directory.iterdir() if p.is_file()}
+
+
+@pytest.mark.parametrize("fault", ["cut", 404, b"x" * 20_000])
+def test_a_ready_made_shard_that_comes_broken_is_exit_4_and_not_kept(tmp_path, hub, from_hub, fault):
+    hub.faults["finewebedu_train_000002.bin"] = fault
+    done = from_hub("--pretokenized", 3, "--out_dir", tmp_path / "out", status=4)
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("fineweb.py: error: ")
+    if isinstance(fault, bytes):
+        assert "downloaded three times, each time with a wrong SHA-256" in line
+        assert sum("GET" in r and "train_000002" in r for r in hub.requests) == 3
+    kept = contents_of_files(tmp_path / "out").keys()
+    assert kept == {"finewebedu_val_000000.bin", "finewebedu_train_000001.bin"}
+    hub.faults.clear()
+    from_hub("--pretokenized", 3, "--out_dir", tmp_path / "out")
+    assert len(contents_of_files(tmp_path / "out")) == 5 and not (tmp_path / "out/.download").exists()
+
+
+# With the trainer
+
+
+@pytest.fixture(scope="module")
+def prepared(parquet, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("prepared") / "shards"
+    flags = "--files", f"{parquet}/*.parquet", "--shard_size", 100_000, "--out_dir", directory
+    assert fineweb.main([str(f) for f in flags]) == 0
+    return directory
+
+
+def test_the_trainer_reads_what_is_prepared(tmp_path, prepared):
+    done = run(
+        "train_gpt2.py", "--data", prepared, "--preset", "tiny", "--max_steps", 2, "--log_dir", tmp_path,
+        "--eval_tokens", 1024, "--sample_every", 0, "--device", "cpu", "--n_layer", 1, "--n_embd", 64,
+    )  # fmt: skip
+    assert "training shards" in done.stdout and (tmp_path / "step_000002").is_dir()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda d: (d / "edufineweb_train_000002.npy").unlink(),
+            "edufineweb_train_000002.npy: no such shard there, but manifest.json says 1",
+        ),
+        (
+            lambda d: tokens.write_shard(d / "edufineweb_train_000002.npy", np.zeros(7, np.uint16)),
+            "edufineweb_train_000002.npy: 7 tokens there, but manifest.json says",
+        ),
+        (
+            lambda d: tokens.write_shard(d / "edufineweb_train_000099.npy", np.zeros(7, np.uint16)),
+            "edufineweb_train_000099.npy: 7 tokens there, but manifest.json says no such shard",
+        ),
+        (lambda d: (d / "manifest.json").write_text("{"), "manifest.json: cannot be read as a manifest"),
+    ],
+)
+def test_the_trainer_checks_the_manifest(tmp_path, prepared, change, message):
+    import shutil
+
+    shutil.copytree(prepared, tmp_path / "shards")
+    change(tmp_path / "shards")
+    done = run("train_gpt2.py", "--data", tmp_path / "shards", "--preset", "tiny", "--device", "cpu", status=2)
+    assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_preparation_that_is_not_finished_is_no_data_yet(tmp_path, prepared):
+    import shutil
+
+    shutil.copytree(prepared, tmp_path / "shards")
+    path = tmp_path / "shards/manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(complete=False)))
+    done = run("train_gpt2.py", "--data", tmp_path / "shards", "--preset", "tiny", "--device", "cpu", status=2)
+    assert "not all of its shards are written yet" in done.stderr
+
+
+# Errors
+
+
+def refuse(capsys, *flags, status=2) -> str:
+    assert fineweb.main([str(f) for f in flags]) == status
+    line = capsys.readouterr().err.split("\r")[-1].splitlines()[-1]
+    assert line.startswith("fineweb.py: error: ")
+    return line
+
+
+def write_parquet(path, **columns):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(columns), path)
+
+
+@pytest.mark.parametrize(
+    "name, make, message",
+    [
+        ("x.parquet", None, "x.parquet: no such file"),
+        ("x.csv", lambda p: p.write_text("a,b"), "x.csv: neither .parquet nor .jsonl nor .txt"),
+        ("x.parquet", lambda p: p.write_bytes(b"no parquet"), "x.parquet: cannot be read as parquet"),
+        ("x.parquet", lambda p: write_parquet(p, body=["a"]), "has no column text, but body"),
+        ("x.parquet", lambda p: write_parquet(p, text=["a", None]), "x.parquet: document 1 has None in text"),
+        ("x.parquet", lambda p: write_parquet(p, text=[1, 2]), "x.parquet: document 0 has 1 in text"),
+        ("x.jsonl", lambda p: p.write_text('{"text": "a"}\n{'), "x.jsonl: document 1 is not a JSON object"),
+        ("x.jsonl", lambda p: p.write_text('{"text": "a"}\n[1]'), "x.jsonl: document 1 is not a JSON object"),
+        ("x.jsonl", lambda p: p.write_text('{"body": "a"}'), "x.jsonl: document 0 has no text, but body"),
+        ("x.jsonl", lambda p: p.write_text('{"text": 7}'), "x.jsonl: document 0 has 7 in text, which is not text"),
+        ("x.jsonl.gz", lambda p: p.write_bytes(b"no gzip"), "x.jsonl.gz: cannot be read"),
+        ("x.txt", lambda p: p.write_bytes(b"caf\xe9"), "x.txt: not UTF-8 text (byte 3)"),
+        ("x.txt", lambda p: p.write_bytes(b""), "1 tokens leave none to train on at --shard_size 50"),
+        ("x.jsonl", lambda p: p.write_text(""), "0 tokens leave none to train on"),
+        (
+            "x.txt",
+            lambda p: p.write_text("word " * 40),
+            "42 tokens leave none to train on at --shard_size 50; try --shard_size 4",
+        ),
+    ],
+)
+def test_a_wrong_source_is_one_line(tmp_path, capsys, name, make, message):
+    if make:
+        make(tmp_path / name)
+    flags = "--files", tmp_path / name, "--out_dir", tmp_path / "out", "--shard_size", 50
+    assert message in refuse(capsys, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_going_on_with_other_settings_is_refused(tmp_path, capsys, parquet):
+    flags = "--files", f"{parquet}/*.parquet", "--out_dir", tmp_path / "out"
+    assert fineweb.main([str(f) for f in (*flags, "--shard_size", 90_000)]) == 0
+    assert "shard_size 90000 → 80000" in refuse(capsys, *flags, "--shard_size", 80_000)
+    assert "text_column text → id" in refuse(capsys, *flags, "--shard_size", 90_000, "--text_column", "id")
+    (tmp_path / "out/manifest.json").unlink()
+    assert "holds shards but no manifest.json" in refuse(capsys, *flags, "--shard_size", 90_000)
+
+
+def test_a_full_disk_is_exit_4_and_keeps_what_there_is(tmp_path, parquet):
+    files = f"{parquet}/*.parquet"
+    flags = "--files", files, files, files, "--out_dir", tmp_path / "out", "--shard_size", 600_000
+    limit = ["bash", "-c", 'ulimit -f 1024; trap "" XFSZ; exec "$@"', "bash"]  # no file larger than 1 MiB
+    line = [*limit, *command("fineweb.py", *flags)]
+    done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 4, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert "edufineweb_val_000000.npy" in line and "it takes 1,200,000 bytes and" in line and "are free" in line
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_verify_names_what_differs(tmp_path, prepared, capsys):
+    import shutil
+
+    shutil.copytree(prepared, tmp_path / "d")
+    path = tmp_path / "d/edufineweb_train_000001.npy"
+    os.truncate(path, path.stat().st_size - 2)
+    (tmp_path / "d/edufineweb_train_000002.npy").unlink()
+    line = refuse(capsys, "--verify", tmp_path / "d")
+    assert "edufineweb_train_000001.npy does not match its SHA-256" in line and "000002.npy is missing" in line
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BOOKS.exists(), reason="the books are not beside the project")
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("num_proc, shard_size", [(1, 10_000_000), (2, 2_000_000), (4, 333_333)])
+def test_the_books(tmp_path, monkeypatch, encoder, num_proc, shard_size):
+    import pyarrow.parquet as pq
+
+    if encoder == "tiktoken":
+        monkeypatch.setattr(fineweb, "find_spec", lambda name: None)
+    flags = "--files", f"{BOOKS}/*.parquet", "--out_dir", tmp_path, "--shard_size", shard_size, "--num_proc", num_proc
+    assert fineweb.main([str(f) for f in flags]) == 0
+    texts = [text for p in sorted(BOOKS.glob("*.parquet")) for text in pq.read_table(p)["text"].to_pylist()]
+    assert shards(tmp_path) == shards_of(texts, shard_size)
