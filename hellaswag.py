@@ -28,7 +28,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from model import GPT
+from model import GPT, keep_pages
 from tokens import gpt2_encoding
 
 FILE = Path(__file__).resolve().parent / "hellaswag" / "hellaswag_val.jsonl"
@@ -201,7 +201,7 @@ def score_batch(model: GPT, rows: list[Row], device: torch.device) -> Iterator[t
     x = model.hidden(idx, pos=pos, mask=mask[:, None]).view(B * S, -1)[source]  # (scored tokens, C)
     losses = [  # a few thousand tokens at a time: their logits are by far the largest thing here
         F.cross_entropy(model.head(part_x), part_target, reduction="none")
-        for part_x, part_target in zip(x.split(2048), target.split(2048), strict=True)
+        for part_x, part_target in zip(x.split(512), target.split(512), strict=True)
     ]
     sums: dict[tuple[int, int], float] = {}
     for key, loss in zip(owner, torch.cat(losses).tolist(), strict=True):
@@ -271,13 +271,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-d", "--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
     parser.add_argument("--data", type=Path, help="a HellaSwag file (default: download the validation set once)")
     parser.add_argument("--limit", type=int, help="only the first so many records")
-    parser.add_argument("--batch_tokens", type=int, help="tokens computed at once (default: 4,096; 65,536 on CUDA)")
+    parser.add_argument("--batch_tokens", type=int, help="tokens computed at once (default: 1,024; 65,536 on CUDA)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     parser.add_argument(
         "--save_predictions", type=Path, metavar="FILE", help="write each record's choices there, as CSV"
     )
     args = parser.parse_args(argv)
+    keep_pages()
     try:
         return report(args)
     except HellaSwagError as e:
@@ -297,14 +298,12 @@ def report(args: argparse.Namespace) -> int:
     except (OSError, ValueError) as e:
         raise HellaSwagError(f"--model_type {args.model_type}: {str(e).splitlines()[0]}") from None
     torch.set_float32_matmul_precision("high")
-    dtype = getattr(torch, args.dtype)
-    amp = torch.autocast(torch.device(args.device).type, dtype, enabled=dtype != torch.float32)
-    batch_tokens = args.batch_tokens or (65536 if args.device.startswith("cuda") else 4096)
+    model.to(getattr(torch, args.dtype))
+    batch_tokens = args.batch_tokens or (65536 if args.device.startswith("cuda") else 1024)
     numbers, columns = {}, {}
     for name, render in RENDERINGS.items():
         examples = read_examples(path, render, args.limit)
-        with amp:
-            scores, cut = score(model, examples, batch_tokens, progress=True)
+        scores, cut = score(model, examples, batch_tokens, progress=True)
         result = judge(scores, examples)
         columns[name] = result.predictions
         numbers[name] = dict(n=result.n, near_ties=result.near_ties, contexts_cut=cut)

@@ -7,7 +7,6 @@ python train_gpt2.py --resume                      go on where the run in log/ s
 """
 
 import argparse
-import ctypes
 import difflib
 import hashlib
 import json
@@ -41,7 +40,7 @@ from tqdm import tqdm
 
 import checkpoint
 import hellaswag
-from model import GPT, GPT2_VOCAB_SIZE, SIZES, GPTConfig
+from model import GPT, GPT2_VOCAB_SIZE, SIZES, GPTConfig, keep_pages
 from tokens import ShardError, check_ids, check_manifest, gpt2_encoding, open_shard, shard_paths
 
 ROOT = Path(__file__).resolve().parent
@@ -503,15 +502,6 @@ def changes(config: TrainConfig, data: Data, ranks: Ranks, directory: Path, reco
 
 # --------------------------------------------------------------------------------------------------------------------
 # Precision, speed, memory
-
-
-def keep_pages() -> None:
-    """Tell glibc to keep the memory it has: on a CPU, fresh pages for every large tensor cost as much as arithmetic."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_TOP_PAD, 256 * 2**20)
 
 
 def choose_dtype(dtype: str, device: torch.device) -> str:
