@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -251,3 +252,78 @@ def test_in_training_it_gives_the_same_numbers_on_one_rank_and_two_and_in_the_sc
     run("hellaswag.py", "-m", tmp_path / "log1/step_000002", "--data", RECORDS, "--json", tmp_path / "numbers.json")
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert numbers["build-nanogpt"]["acc_norm"]["value"] == pytest.approx(float(values[0][2]))
+
+
+# lm-evaluation-harness itself
+
+
+def lm_eval_counts(directory, path, n, tmp_path) -> dict[str, int]:
+    """How many of the first n records its task `hellaswag` gets right, reading the local file and our directory."""
+    import datasets
+    import lm_eval
+    import yaml
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    datasets.config.HF_DATASETS_CACHE = tmp_path / "cache"
+    original = Path(lm_eval.__file__).parent / "tasks/hellaswag/hellaswag.yaml"
+    task = dict(
+        include=str(original), task="hellaswag_local", tag=[], dataset_path="json", training_split=None,
+        dataset_kwargs=dict(data_files=dict(validation=str(path)), cache_dir=str(tmp_path / "cache")),
+    )  # fmt: skip
+    (tmp_path / "hellaswag_local.yaml").write_text(yaml.dump(task))
+    model = HFLM(pretrained=str(directory), device="cpu", dtype="float32", batch_size=8)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    results = lm_eval.simple_evaluate(
+        model, tasks=["hellaswag_local"], task_manager=manager, limit=n, bootstrap_iters=0, verbosity="ERROR"
+    )["results"]["hellaswag_local"]
+    return {metric: round(results[f"{metric},none"] * n) for metric in ("acc", "acc_norm")}
+
+
+def test_lm_eval_counts_the_same(saved, tmp_path):
+    pytest.importorskip("lm_eval")
+    model = GPT.from_pretrained(saved).eval()
+    examples = hellaswag.read_examples(RECORDS, hellaswag.render_lm_eval)
+    result = hellaswag.judge(hellaswag.score(model, examples, 2000)[0], examples)
+    assert lm_eval_counts(saved, RECORDS, 100, tmp_path) == dict(acc=result.acc, acc_norm=result.acc_norm)
+
+
+WHOLE = next((p for p in (hellaswag.FILE, ROOT.parent / "shared/data/hellaswag_val.jsonl") if p.exists()), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(WHOLE is None, reason="the validation set is not here")
+@pytest.mark.parametrize("which", ["trained", "124M"])
+def test_a_thousand_records(tmp_path, which):
+    """A small trained model, and a random one of the 124M shape: all four numbers, and lm-eval's two."""
+    pytest.importorskip("lm_eval")
+    directory = tmp_path / "log/step_000060"
+    if which == "trained":
+        flags = "--preset", "tiny", "--seq_len", 256, "--max_steps", 60, "--log_dir", tmp_path / "log"
+        run(
+            "train_gpt2.py",
+            *flags,
+            "--device",
+            "cpu",
+            "--eval_every",
+            0,
+            "--sample_every",
+            0,
+            env={"OMP_NUM_THREADS": "2"},
+        )
+    else:
+        torch.manual_seed(0)
+        GPT(GPTConfig()).save_pretrained(directory)
+    model = GPT.from_pretrained(directory).eval()
+    block_size = model.config.block_size
+    records = [json.loads(line) for line in WHOLE.read_text().splitlines()[:1000]]
+    for name, render in hellaswag.RENDERINGS.items():
+        examples = hellaswag.read_examples(WHOLE, render, limit=1000)
+        scores, _ = hellaswag.score(model, examples, 4096)
+        result = hellaswag.judge(scores, examples)
+        expected, lengths = plain_scores(directory, records, name, block_size)
+        plain = zip(expected.argmax(1).tolist(), (expected / lengths).argmax(1).tolist(), strict=True)
+        differ = sum(a != b for a, b in zip(result.predictions, plain, strict=True))
+        print(f"{which}, {name}: acc {result.acc}, acc_norm {result.acc_norm}, near ties {result.near_ties}")
+        assert differ <= result.near_ties
+    assert lm_eval_counts(directory, WHOLE, 1000, tmp_path) == dict(acc=result.acc, acc_norm=result.acc_norm)
