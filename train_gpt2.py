@@ -365,18 +365,15 @@ def inputs_and_targets(rows: torch.Tensor, device: torch.device) -> tuple[torch.
 
 def find_save(given: dict) -> tuple[Path | None, dict | None, list[str]]:
     """The save to go on from, its record, and what there is to say about others; Nones for a new run."""
-    resume = given.get("resume")
-    if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        resume = "newest"  # torchrun has restarted the ranks after a failure: the run goes on
-    if resume is None:
+    if given.get("resume") is None:
         return None, None, []
-    if resume == "newest":
+    if given["resume"] == "newest":
         directory, record, passed_over = checkpoint.newest(Path(given.get("log_dir", TrainConfig.log_dir)))
         return directory, record, [f"passed over a save: {reason}" for reason in passed_over]
     try:
-        return Path(resume), checkpoint.verify(Path(resume)), []
+        return Path(given["resume"]), checkpoint.verify(Path(given["resume"])), []
     except checkpoint.CheckpointError as e:
-        raise RunError(f"--resume {resume}: {e}; --resume alone takes the newest save that verifies") from None
+        raise RunError(f"--resume {given['resume']}: {e}; --resume alone takes the newest that verifies") from None
 
 
 def load_pretrained(name_or_dir: str) -> GPT:
@@ -393,7 +390,9 @@ def load_pretrained(name_or_dir: str) -> GPT:
     return model
 
 
-def request(given: dict, record: dict | None, pretrained: GPTConfig | None, ranks: Ranks) -> TrainConfig:
+def request(
+    given: dict, resumed: Path | None, record: dict | None, pretrained: GPTConfig | None, ranks: Ranks
+) -> TrainConfig:
     """What is asked for: the flags, over the preset or the save that is resumed, over the defaults."""
     if record is not None:
         saved = {name: value for name, value in record["requested"].items() if name in TrainConfig.__annotations__}
@@ -401,6 +400,8 @@ def request(given: dict, record: dict | None, pretrained: GPTConfig | None, rank
             saved["micro_batch_size"] = record["config"]["micro_batch_size"]
         if Path(record["config"]["data"]).exists():
             saved["data"] = record["config"]["data"]
+        if given["resume"] == "newest":
+            saved["log_dir"] = str(resumed.parent)  # where it was found, should that have been moved
         if given.get("preset", saved["preset"]) != saved["preset"]:
             saved |= PRESETS[given["preset"]]
         return TrainConfig(**(saved | given))
@@ -840,9 +841,10 @@ def facts(config: TrainConfig, ranks: Ranks, model: GPT, data: Data) -> dict:
     )
 
 
-def introduce(config: TrainConfig, given: dict, data: Data, ranks: Ranks, model: GPT, eager: str | None) -> list[str]:
+def introduce(
+    config: TrainConfig, given: dict, resumed: Path | None, data: Data, ranks: Ranks, model: GPT, eager: str | None
+) -> list[str]:
     """The first lines of a run: what was chosen, and why."""
-    resumed = "resume" in given
     why = "as asked" if "preset" in given else "of the save" if resumed else f"the default on {config.device}"
     origin = f", from {config.init_from}" if config.init_from else ""
     kind = "text" if data.is_text else f"{len(data.train)} training shards"
@@ -872,25 +874,30 @@ def build(
 ) -> tuple[GPT, torch.optim.AdamW, torch.amp.GradScaler]:
     """The model, its optimizer and the float16 scaler: from the save, from --init_from, or new. Rank 0 alone reads, for
     hosts may share no disk; then all get its tensors. Raises RunError."""
-    names = "n_layer", "n_head", "n_embd", "dropout", "bias"
-    shape = GPTConfig(block_size=config.seq_len, **{name: getattr(config, name) for name in names})
-    shape = ranks.first(lambda: pretrained.config if pretrained else shape)
 
     def read() -> tuple[GPT, dict | None]:
+        if resumed is not None:
+            return checkpoint.load(resumed)
+        names = "n_layer", "n_head", "n_embd", "dropout", "bias"
+        torch.manual_seed(config.seed)
+        return pretrained or GPT(GPTConfig(config.seq_len, **{name: getattr(config, name) for name in names})), None
+
+    def place() -> GPT:
+        placed = model or GPT(shape)
+        placed.adapt(config.seq_len, config.dropout)
+        return placed.to(ranks.device)
+
+    def if_it_fits(fn: Callable):
         try:
-            if resumed is not None and ranks.rank == 0:
-                model, state = checkpoint.load(resumed)
-            else:
-                torch.manual_seed(config.seed)
-                model, state = pretrained or GPT(shape), None
-            model.adapt(config.seq_len, config.dropout)
-            return model.to(ranks.device), state
+            return fn()
         except (RuntimeError, MemoryError) as e:
             if out_of_memory(e):
                 raise RunError("the model does not fit into memory: try a smaller --preset") from None
             raise
 
-    model, state = ranks.each(read)
+    model, state = ranks.each(lambda: if_it_fits(read) if ranks.rank == 0 else (None, None))
+    shape = ranks.first(lambda: model.config)
+    model = ranks.each(lambda: if_it_fits(place))
     optimizer = model.configure_optimizers(config.weight_decay, config.max_lr)
     scaler = torch.amp.GradScaler(config.device, enabled=config.dtype == "float16")
     if resumed is not None:
@@ -918,7 +925,7 @@ def train(given: dict, ranks: Ranks) -> int:
     resumed, record, notes = ranks.first(lambda: find_save(given))
     init_from = None if resumed else given.get("init_from")
     pretrained = ranks.each(lambda: load_pretrained(init_from) if init_from and ranks.rank == 0 else None)
-    requested = ranks.first(lambda: request(given, record, pretrained and pretrained.config, ranks))
+    requested = ranks.first(lambda: request(given, resumed, record, pretrained and pretrained.config, ranks))
     path = ranks.first(lambda: requested.data or default_data())
     data = ranks.each(lambda: open_data(Path(path)))
     config = ranks.first(lambda: replace(resolve(requested, data, ranks), data=path))
@@ -939,7 +946,7 @@ def train(given: dict, ranks: Ranks) -> int:
         notes += [problem] if problem else []
     tokens_left = (config.max_steps - step) * config.total_batch_size
     eager = ranks.first(lambda: why_eager(config, ranks.device, raw_model.flops_per_token() * tokens_left / ranks.size))
-    for line in introduce(config, given, data, ranks, raw_model, eager) + notes:
+    for line in introduce(config, given, resumed, data, ranks, raw_model, eager) + notes:
         say(line)
     if tokens_left:
         model, B, notes = prepare(raw_model, config, ranks, amp, compiled=eager is None)
@@ -963,6 +970,22 @@ def train(given: dict, ranks: Ranks) -> int:
     def due(every: int) -> bool:
         return is_due(every, step, config.max_steps)
 
+    def examine() -> None:
+        raw_model.eval()
+        if due(config.eval_every):
+            loss = evaluate(raw_model, val_loader, config, ranks, amp)
+            if log:
+                log.result(step, "val", loss, "validation loss")
+        if due(config.hellaswag_every) and exam is not None:
+            accuracy = take_exam(raw_model, exam, config, ranks, amp)
+            if log:
+                log.result(step, "hella", accuracy, "HellaSwag accuracy")
+        if due(config.sample_every) and log:
+            with amp:
+                for text in draw_samples(raw_model, ranks.device):
+                    say(f"  > {text!r}")
+        raw_model.train()
+
     B, T, W = config.micro_batch_size, config.seq_len, ranks.size
     micro_batches = loader.micro_batches(step * (config.total_batch_size // T) + ranks.rank * B, B, stride=W * B)
     peak = peak_flops(ranks.device, config.dtype)
@@ -975,20 +998,8 @@ def train(given: dict, ranks: Ranks) -> int:
             if stopping:
                 say(f"stopped by {stopping.name} after step {step - 1}; add --resume to go on")
                 return 128 + stopping
-            raw_model.eval()
-            if due(config.eval_every):
-                loss = evaluate(raw_model, val_loader, config, ranks, amp)
-                if log:
-                    log.result(step, "val", loss, "validation loss")
-            if due(config.hellaswag_every) and exam is not None:
-                accuracy = take_exam(raw_model, exam, config, ranks, amp)
-                if log:
-                    log.result(step, "hella", accuracy, "HellaSwag accuracy")
-            if due(config.sample_every) and log:
-                with amp:
-                    for text in draw_samples(raw_model, ranks.device):
-                        say(f"  > {text!r}")
-            raw_model.train()
+            if any(map(due, (config.eval_every, config.hellaswag_every, config.sample_every))):
+                examine()
             if last:
                 signals.seen = ranks.sum(*signals.received)
                 return 128 + signals.stopping if signals.stopping else 0
@@ -1011,6 +1022,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         keep_pages()
         given = parse_flags(argv)
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+            given.setdefault("resume", "newest")  # torchrun has restarted the ranks after a failure: the run goes on
         ranks = Ranks.start(given.get("device", "auto"), given.get("dist_timeout", TrainConfig.dist_timeout))
         return train(given, ranks)
     except RunError as e:  # which all ranks know of: one speaks on each host
@@ -1023,6 +1036,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as e:
         print(f"train_gpt2.py: error: {e.filename}: {e.strerror}", file=sys.stderr)
         return 4
+    except KeyboardInterrupt:  # before the first step: there is nothing to save
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -171,8 +171,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, uninterrupted, r
 def test_resume_with_flags_left_out_and_with_nothing_there(tmp_path, text):
     first = train(text, tmp_path / "log", "--resume", "--max_steps", 4)  # nothing to resume: it starts
     assert "resumed" not in first.stdout
-    again = run("train_gpt2.py", "--resume", "--log_dir", tmp_path / "log", "--device", "cpu")
-    assert "at step 4" in again.stdout and list(read_log(tmp_path / "log")) == [0, 1, 2, 3]
+    (tmp_path / "log").rename(tmp_path / "moved")
+    again = run("train_gpt2.py", "--resume", "--log_dir", tmp_path / "moved", "--device", "cpu")
+    assert "at step 4" in again.stdout and list(read_log(tmp_path / "moved")) == [0, 1, 2, 3]
+    assert not (tmp_path / "log").exists()
 
 
 def test_a_resumed_run_says_what_may_change_and_did(tmp_path, text):
