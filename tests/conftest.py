@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: bits are compared, and pytest-xdist has every core
+# Before torch is imported: bits are compared, and pytest-xdist has every core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOKS_TEXT = ROOT / "input.txt"
