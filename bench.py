@@ -89,11 +89,11 @@ def exam(args: argparse.Namespace, plainly: bool) -> float:
     model = GPT(GPTConfig()).eval().to(args.device)
 
     def one_at_a_time(examples: list[hellaswag.Example]) -> None:
-        """Four padded rows an example, every logit of theirs."""
+        """Four padded rows an example, every logit of theirs, under an autocast of its own, as build-nanogpt has it."""
         for e in examples:
             rows = [torch.tensor(e.context + ending) for ending in e.endings]
             tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(args.device)
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(tokens.device.type, torch.bfloat16):
                 logits = model(tokens)[0][:, :-1]
             loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(4, -1)
             sums = [loss[i, len(e.context) - 1 : len(row) - 1].sum() for i, row in enumerate(rows)]
@@ -106,8 +106,7 @@ def exam(args: argparse.Namespace, plainly: bool) -> float:
         return len(examples) / (time.perf_counter() - started)
 
     if plainly:
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
-            return measure(one_at_a_time)
+        return measure(one_at_a_time)
     keep_pages()  # as the script does
     model.bfloat16()
     return measure(lambda examples: hellaswag.score(model, examples, 1024))
