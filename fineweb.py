@@ -67,10 +67,15 @@ def read_files(paths: list[Path], column: str, place: list[int] | None) -> Itera
         skip = first_document if i == first_file else 0
         read = readers[next(s for s in reversed(path.suffixes) if s in readers)]
         for n, texts, share in read(path, column, skip):
-            for k, text in enumerate(texts):
-                if not isinstance(text, str):
-                    raise Failure(f"{path}: document {n + k:,} has {text!r} in {column}, which is not text")
+            check_texts(texts, n, column, str(path))
             yield Batch(texts, [i, n], (sum(sizes[:i]) + share * sizes[i]) / max(1, sum(sizes)))
+
+
+def check_texts(texts: list, first: int, column: str, source: str) -> None:
+    """Raise Failure, naming the document, if one of these, the first of which has that number, is anything but text."""
+    for n, text in enumerate(texts, start=first):
+        if not isinstance(text, str):
+            raise Failure(f"{source}: document {n:,} has {text!r} in {column}, which is not text")
 
 
 def read_parquet(path: Path, column: str, skip: int) -> Iterator[tuple[int, list, float]]:
@@ -177,10 +182,7 @@ def read_hub(
             for table in file.iter(BATCH):
                 if i > first_file or n >= first_document:
                     texts = table[column].to_pylist()
-                    for k, text in enumerate(texts):
-                        if not isinstance(text, str):
-                            where = f"document {n + k:,} of file {i:,}"
-                            raise Failure(f"{dataset}: {where} has {text!r} in {column}, which is not text")
+                    check_texts(texts, n, column, f"{dataset}, file {i:,}")
                     yield Batch(texts, [i, n], i / stream.num_shards)
                 n += len(table)
     except Failure:
