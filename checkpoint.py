@@ -9,13 +9,17 @@ there is no save, after it there is a whole one. Nothing here knows of ranks.
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch.utils._pytree import tree_map_only
 
 from model import GPT
 
@@ -57,6 +61,35 @@ def save(log_dir: Path, step: int, model: GPT, trainer_state: dict, info: dict) 
     return final
 
 
+class Saver:
+    """Writes one save at a time, in a thread and from a copy of the state: training waits for that copy, and for the
+    save before this one if it is still being written, but not for the disk."""
+
+    def __init__(self):
+        self.pool = ThreadPoolExecutor(max_workers=1)
+        self.writing: Future | None = None
+
+    def start(self, write: Callable[[GPT, dict], None], model: GPT, trainer_state: dict) -> None:
+        """Call write on copies of both, in the thread; what was started before must have been waited for."""
+        with torch.device("meta"):  # shapes alone; the copied weights take their places
+            copy = GPT(model.config)
+        weights, trainer_state = tree_map_only(
+            torch.Tensor, lambda t: t.detach().to("cpu", copy=True), (model.state_dict(), trainer_state)
+        )
+        copy.load_state_dict(weights, assign=True)
+        self.writing = self.pool.submit(write, copy, trainer_state)
+
+    def wait(self) -> None:
+        """Until nothing is being written any more. Raises what write raised."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Wait, but raise nothing."""
+        self.pool.shutdown()
+
+
 def verify(directory: Path) -> dict:
     """Read a save's checkpoint.json after checking every byte of the save against it. Raises CheckpointError."""
     path = directory / "checkpoint.json"
@@ -83,10 +116,13 @@ def verify(directory: Path) -> dict:
 
 
 def load(directory: Path) -> tuple[GPT, dict]:
-    """The model and the trainer state of a save that has been verified, on the CPU."""
-    return GPT.from_pretrained(directory), torch.load(
-        directory / "trainer_state.pt", map_location="cpu", weights_only=True
-    )
+    """The model and the trainer state of a save that has been verified, on the CPU. Raises CheckpointError if the files
+    are what was written, but not what a run writes; code in them is refused and never runs."""
+    try:
+        state = torch.load(directory / "trainer_state.pt", map_location="cpu", weights_only=True)
+        return GPT.from_pretrained(directory), state
+    except (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError) as e:
+        raise CheckpointError(f"{directory}: cannot be loaded ({str(e).strip().splitlines()[0]})") from None
 
 
 def saves(log_dir: Path) -> dict[int, Path]:

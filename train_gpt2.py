@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
 from typing import get_args
@@ -220,6 +220,10 @@ class Ranks:
             result = fn()
         except RunError as e:
             error = e
+        except checkpoint.CheckpointError as e:
+            error = RunError(str(e))
+        except checkpoint.DiskError as e:
+            error = RunError(str(e), 4)
         except OSError as e:
             error = RunError(f"{e.filename}: {e.strerror}", 4)
         errors = [error] * self.size
@@ -956,15 +960,22 @@ def train(given: dict, ranks: Ranks) -> int:
     if config.max_steps:  # from here on the run writes; one of no steps only evaluates
         ranks.first(lambda: log.open(resumed, step, facts(config, ranks, raw_model, data)))
 
+    signals, saver = Signals(), checkpoint.Saver()
+
     def save() -> None:
+        saver.wait()
         state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         info = dict(requested=asdict(replace(requested, resume=None)), config=asdict(config))
         info |= dict(data=data.fingerprint, ranks=ranks.size)
+        saver.start(partial(write, step, info, log.best_saved_step()), raw_model, state)
+
+    def write(step: int, info: dict, best_step: int | None, model: GPT, state: dict) -> None:
         try:
-            say(f"step {step}: saved {checkpoint.save(log.dir, step, raw_model, state, info)}")
-        except checkpoint.DiskError as e:
-            raise RunError(str(e), 4) from None
-        for line in checkpoint.prune(log.dir, config.keep, log.best_saved_step()):
+            say(f"step {step}: saved {checkpoint.save(log.dir, step, model, state, info)}")
+        except checkpoint.DiskError:
+            signals.received[0] = 1.0  # all ranks stop, as they do for a SIGTERM, and in their last save learn why
+            raise
+        for line in checkpoint.prune(log.dir, config.keep, best_step):
             say(line)
 
     def due(every: int) -> bool:
@@ -989,18 +1000,19 @@ def train(given: dict, ranks: Ranks) -> int:
     B, T, W = config.micro_batch_size, config.seq_len, ranks.size
     micro_batches = loader.micro_batches(step * (config.total_batch_size // T) + ranks.rank * B, B, stride=W * B)
     peak = peak_flops(ranks.device, config.dtype)
-    signals = Signals()
     try:
         while True:
             last, stopping = step == config.max_steps, signals.stopping
             if step > first_step and (last or stopping or due(config.save_every)):
                 ranks.first(save)
             if stopping:
+                ranks.first(saver.wait)
                 say(f"stopped by {stopping.name} after step {step - 1}; add --resume to go on")
                 return 128 + stopping
             if any(map(due, (config.eval_every, config.hellaswag_every, config.sample_every))):
                 examine()
             if last:
+                ranks.first(saver.wait)
                 signals.seen = ranks.sum(*signals.received)
                 return 128 + signals.stopping if signals.stopping else 0
             started = time.perf_counter()
@@ -1011,6 +1023,7 @@ def train(given: dict, ranks: Ranks) -> int:
                 log.train(step, loss, learning_rate(step, config), norm, seconds, mfu)
             step += 1
     finally:
+        saver.close()
         signals.restore()
         micro_batches.close()
         if log:
@@ -1036,6 +1049,16 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as e:
         print(f"train_gpt2.py: error: {e.filename}: {e.strerror}", file=sys.stderr)
         return 4
+    except RuntimeError as e:
+        if not (isinstance(e, dist.DistError) or "/gloo/" in str(e)):
+            raise
+        reason = str(e).strip().splitlines()[0]
+        rank = os.environ["RANK"]
+        print(
+            f"train_gpt2.py: error: rank {rank} has lost another: {reason}; --resume goes on from the newest save",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:  # before the first step: there is nothing to save
         return 130
     finally:
