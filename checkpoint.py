@@ -56,8 +56,7 @@ def save(log_dir: Path, step: int, model: GPT, trainer_state: dict, info: dict) 
     except (OSError, RuntimeError, SafetensorError) as e:  # torch reports some full disks as RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(log_dir).free
-        reason = str(e).strip().splitlines()[0]
-        raise DiskError(f"{final}: could not be saved: {reason} ({free:,} bytes are free there)") from e
+        raise DiskError(f"{final}: could not be saved: {first_line(e)} ({free:,} bytes are free there)") from e
     return final
 
 
@@ -122,7 +121,7 @@ def load(directory: Path) -> tuple[GPT, dict]:
         state = torch.load(directory / "trainer_state.pt", map_location="cpu", weights_only=True)
         return GPT.from_pretrained(directory), state
     except (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError) as e:
-        raise CheckpointError(f"{directory}: cannot be loaded ({str(e).strip().splitlines()[0]})") from None
+        raise CheckpointError(f"{directory}: cannot be loaded ({first_line(e)})") from None
 
 
 def saves(log_dir: Path) -> dict[int, Path]:
@@ -210,6 +209,11 @@ def clean(log_dir: Path) -> None:
     """Remove what a process that died while saving or deleting left unfinished."""
     for p in log_dir.glob(UNFINISHED + "*"):
         shutil.rmtree(p, ignore_errors=True)
+
+
+def first_line(e: Exception) -> str:
+    """Of what an exception says, or what it is if it says nothing."""
+    return next(iter(str(e).strip().splitlines()), type(e).__name__)
 
 
 def _canonical(record: dict) -> bytes:

@@ -385,7 +385,7 @@ def load_pretrained(name_or_dir: str) -> GPT:
     try:
         model = GPT.from_pretrained(name_or_dir)
     except Exception as e:  # whatever a hub's client may raise, or a file that is no model
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        reason = checkpoint.first_line(e)
         raise RunError(f"--init_from {name_or_dir}: no GPT-2 there, or out of reach: {reason}") from None
     if model.config.vocab_size < GPT2_VOCAB_SIZE:
         raise RunError(
@@ -586,7 +586,7 @@ def prepare(
         except Exception as e:
             no_memory = out_of_memory(e)
             if not no_memory and compiled and isinstance(e, torch._dynamo.exc.TorchDynamoException):
-                no_compiler = str(e).strip().splitlines()[0]
+                no_compiler = checkpoint.first_line(e)
             elif not no_memory:
                 raise
         del moments
@@ -1052,12 +1052,8 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as e:
         if not (isinstance(e, dist.DistError) or "/gloo/" in str(e)):
             raise
-        reason = str(e).strip().splitlines()[0]
-        rank = os.environ["RANK"]
-        print(
-            f"train_gpt2.py: error: rank {rank} has lost another: {reason}; --resume goes on from the newest save",
-            file=sys.stderr,
-        )
+        said = f"rank {os.environ['RANK']} has lost another: {checkpoint.first_line(e)}"
+        print(f"train_gpt2.py: error: {said}; --resume goes on from the newest save", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before the first step: there is nothing to save
         return 130

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 
@@ -55,6 +57,60 @@ def read_log(log_dir: Path, name: str = "train") -> dict[int, str]:
     values = [(int(step), value) for step, kind, value in lines if kind == name]
     assert len(values) == len(dict(values)), f"a step of {name} is logged twice"
     return dict(values)
+
+
+def losses(log_dir: Path, name: str = "train") -> dict[int, float]:
+    return {step: float(value) for step, value in read_log(log_dir, name).items()}
+
+
+def assert_close(a: dict, b: dict) -> None:
+    """Losses of two runs that differ in the order of their sums: float32 rounds at 6e-8, and 40 steps add to it."""
+    assert a.keys() == b.keys()
+    assert max(abs(a[step] - b[step]) for step in a) <= 1e-5
+
+
+def weights(log_dir: Path) -> bytes:
+    """Those of the newest save."""
+    return (max(log_dir.glob("step_*")) / "model.safetensors").read_bytes()
+
+
+def start(*flags, ranks: int = 1, **env: str) -> subprocess.Popen:
+    """Start a run, both of whose outputs are to be read from its stdout."""
+    line = command("train_gpt2.py", *flags, ranks=ranks)
+    return subprocess.Popen(line, env=ENVIRONMENT | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(log_dir: Path, step: int, process: subprocess.Popen) -> None:
+    while not ((log_dir / "log.txt").exists() and f"\n{step} train" in (log_dir / "log.txt").read_text()):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+
+
+FAULTY = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+import checkpoint, torch, train_gpt2
+from model import GPT
+rank, forward, calls = int(os.environ.get("RANK", 0)), GPT.forward, 0
+
+def faulty(model, idx, targets=None):
+    global calls
+    calls += model.training
+    _, loss = result = forward(model, idx, targets)
+{fault}
+    return result
+
+GPT.forward = faulty
+sys.exit(train_gpt2.main())
+"""
+
+
+def with_fault(directory: Path, fault: str) -> Path:
+    """A script that is train_gpt2.py but for code that runs after each forward pass, where it has rank, loss and calls,
+    the number of passes in training: the trial is the first, and with one micro-batch a step, step s is number s + 2."""
+    script = directory / "faulty.py"
+    script.write_text(FAULTY.format(root=str(ROOT), fault=indent(fault, "    ")))
+    return script
 
 
 @pytest.fixture
