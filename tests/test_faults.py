@@ -1,5 +1,6 @@
 """Nothing is ever lost: runs that are killed, stopped, cut off, flipped, filled up; and what comes back."""
 
+import contextlib
 import csv
 import json
 import os
@@ -9,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -326,6 +328,119 @@ def test_what_is_not_finite_stops_all_ranks_before_any_weight_changes(tmp_path, 
     model, state = checkpoint.load(directory)
     moments = [t for entry in state["optimizer"]["state"].values() for t in entry.values()]
     assert all(t.isfinite().all() for t in [*model.parameters(), *moments])
+
+
+# Two hosts (slow): network namespaces with an address each, a link between them, and no directory in common but the text
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    """Two hosts as functions that start torchrun there, with these flags of torchrun's and these of the run."""
+    names = [f"gpt2-{os.getpid()}-{i}" for i in (0, 1)]
+    ends = [f"g{os.getpid() % 100_000}x{i}" for i in (0, 1)]
+
+    def ip(*args):
+        subprocess.run(["ip", *args], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+        for i in 0, 1:
+            ip("link", "set", ends[i], "netns", names[i])
+            ip("-n", names[i], "address", "add", f"10.213.0.{i + 1}/24", "dev", ends[i])
+            ip("-n", names[i], "link", "set", ends[i], "up")
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        pytest.skip("network namespaces cannot be made here")
+
+    started = []
+
+    def launch(i: int, text: Path, *torchrun, script: str | Path = "train_gpt2.py") -> subprocess.Popen:
+        directory = tmp_path / f"host{i}"
+        directory.mkdir(exist_ok=True)
+        flags = *RUN, "--data", text, "--log_dir", "log", "--micro_batch_size", 1, "--dist_timeout", 10, "--resume"
+        line = ["ip", "netns", "exec", names[i], sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
+        line += [f"--node_rank={i}", "--nproc_per_node=1", *torchrun, str(ROOT / script), *map(str, flags)]
+        env = ENVIRONMENT | dict(GLOO_SOCKET_IFNAME=ends[i], TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+        pipes = dict(stdout=open(directory / "output", "a"), stderr=subprocess.STDOUT)
+        started.append(subprocess.Popen(line, env=env, cwd=directory, start_new_session=True, **pipes))
+        return started[-1]
+
+    launch.link = lambda state: ip("-n", names[1], "link", "set", ends[1], state)
+    yield launch
+    for process in started:
+        kill_all(process)
+    for name in names:
+        subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def ranks_of(agent: subprocess.Popen) -> list[int]:
+    """The process ids of the ranks that an agent of torchrun's has started."""
+    return [int(pid) for pid in subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True).stdout.split()]
+
+
+def kill_all(agent: subprocess.Popen) -> None:
+    for pid in [*ranks_of(agent), agent.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    agent.wait()
+
+
+def gone(pids: list[int], seconds: float) -> bool:
+    """Whether all these processes end within that time."""
+    end = time.monotonic() + seconds
+    while (left := [pid for pid in pids if alive(pid)]) and time.monotonic() < end:
+        time.sleep(0.1)
+    return not left
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+AT_FIRST = "--master_addr=10.213.0.1", "--master_port=29500"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["killed", "cut off"])
+def test_a_host_that_is_lost(tmp_path, text, undisturbed, hosts, fault):
+    """The other's rank ends within --dist_timeout (torchrun's own agents may wait longer), and both go on later."""
+    agents = [hosts(i, text, *AT_FIRST) for i in (0, 1)]
+    log = tmp_path / "host0/log"
+    wait_for_step(log, 22, agents[0])
+    ranks = [ranks_of(agent) for agent in agents]
+    if fault == "killed":
+        kill_all(agents[1])
+        assert gone(ranks[0], 10 + 10)
+    else:
+        hosts.link("down")
+        assert gone(ranks[0] + ranks[1], 10 + 10)
+        hosts.link("up")
+    assert "rank 0 has lost another" in (tmp_path / "host0/output").read_text()
+    for agent in agents:
+        kill_all(agent)
+    assert len(read_log(log)) < 60
+    agents = [hosts(i, text, *AT_FIRST) for i in (0, 1)]
+    assert [agent.wait(timeout=200) for agent in agents] == [0, 0], (tmp_path / "host0/output").read_text()
+    assert_close(losses(log), losses(undisturbed))
+    assert not (tmp_path / "host1/log").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_two_hosts(tmp_path, text, undisturbed, hosts):
+    """The rank of one is killed; both agents start theirs again, and the run goes on from the newest save."""
+    agents = [hosts(i, text, *AT_FIRST, "--max-restarts=3") for i in (0, 1)]
+    log = tmp_path / "host0/log"
+    wait_for_step(log, 22, agents[0])
+    (rank,) = ranks_of(agents[1])
+    os.kill(rank, signal.SIGKILL)
+    assert [agent.wait(timeout=200) for agent in agents] == [0, 0], (tmp_path / "host0/output").read_text()
+    assert "resumed" in (tmp_path / "host0/output").read_text()
+    assert_close(losses(log), losses(undisturbed))
 
 
 # Saves that are broken
