@@ -513,6 +513,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit_tokens", type=int, help="stop after so many tokens")
     parser.add_argument("--pretokenized", metavar="N", help=f"download the first N shards of {PRETOKENIZED}, or all")
     parser.add_argument("--verify", type=Path, metavar="DIR", help="hash a directory against its manifest, and no more")
+    parser.error = lambda message: parser.exit(2, f"fineweb.py: error: {message}; see --help\n")
     args = parser.parse_args(argv)
     try:
         for flag in "shard_size", "num_proc", "limit_tokens":

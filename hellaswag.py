@@ -277,6 +277,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--save_predictions", type=Path, metavar="FILE", help="write each record's choices there, as CSV"
     )
+    parser.error = lambda message: parser.exit(2, f"hellaswag.py: error: {message}; see --help\n")
     args = parser.parse_args(argv)
     keep_pages()
     try:
@@ -288,8 +289,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def report(args: argparse.Namespace) -> int:
     """Score a model in all four ways and print them. Raises HellaSwagError."""
-    if not torch.device(args.device).type == "cpu" and not torch.get_device_module(args.device).is_available():
-        raise HellaSwagError(f"--device {args.device}: PyTorch finds no such device here; try --device cpu")
+    for flag in "limit", "batch_tokens":
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise HellaSwagError(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    for flag in "json", "save_predictions":
+        if (file := getattr(args, flag)) and not file.absolute().parent.is_dir():
+            raise HellaSwagError(f"--{flag} {file}: there is no directory {file.parent}")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError):  # no such name; no such device
+        raise HellaSwagError(f"--device {args.device}: PyTorch finds no such device here; try --device cpu") from None
     path = args.data or find_file()
     if not path.is_file():
         raise HellaSwagError(f"--data {path}: no such file")

@@ -169,14 +169,23 @@ def test_the_script(saved, tmp_path):
         (["-m", "nowhere/at/all"], "--model_type nowhere/at/all: "),
         (["-m", "MODEL", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["-m", "MODEL", "-d", "cuda"], "--device cuda: PyTorch finds no such device here"),
+        (["-m", "MODEL", "-d", "gpu"], "--device gpu: PyTorch finds no such device here"),
+        (["-m", "MODEL", "--limit", "0"], "--limit 0: must be at least 1"),
+        (["-m", "MODEL", "--limit", "ten"], "--limit: invalid int value: 'ten'; see --help"),
+        (["-m", "MODEL", "--json", "nowhere/x.json"], "--json nowhere/x.json: there is no directory nowhere"),
     ],
 )
-def test_the_script_s_errors_are_one_line(saved, flags, message):
+def test_the_script_s_errors_are_one_line(saved, capsys, flags, message):
     flags = [saved if flag == "MODEL" else flag for flag in flags]
     if "--data" not in flags:
         flags += ["--data", RECORDS]
-    done = run("hellaswag.py", *flags, status=2)
-    assert done.stderr.startswith("hellaswag.py: error: ") and done.stderr.count("\n") == 1 and message in done.stderr
+    try:
+        status = hellaswag.main([*map(str, flags)])
+    except SystemExit as e:  # argparse's
+        status = e.code
+    out, err = capsys.readouterr()
+    assert status == 2 and not out
+    assert err.startswith("hellaswag.py: error: ") and err.count("\n") == 1 and message in err
 
 
 class Server:
