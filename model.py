@@ -13,6 +13,7 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -240,7 +241,6 @@ class GPT(nn.Module):
         padded ids are cut off, so they have no probability, and their rows get no gradient."""
         return F.linear(x, self.transformer.wte.weight)[..., : self.config.vocab_size].float()
 
-    @torch.inference_mode()
     def generate(
         self,
         idx: torch.Tensor,
@@ -259,6 +259,22 @@ class GPT(nn.Module):
         it, and generation ends once every row has. Past block_size, each token is computed from the last block_size
         tokens: their positions all move, so there the cache cannot help.
         """
+        steps = self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop_token, generator, use_cache)
+        return torch.cat((idx, *(token[:, None] for token in steps)), dim=1)
+
+    @torch.inference_mode()
+    def stream(
+        self,
+        idx: torch.Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_token: int | None = None,
+        generator: torch.Generator | None = None,
+        use_cache: bool = True,
+    ) -> Iterator[torch.Tensor]:
+        """What `generate` appends, as it comes: one token for each row, (B), at a time."""
         block_size = self.config.block_size
         caches = [KVCache(block_size) for _ in self.transformer.h] if use_cache else []
         done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
@@ -271,10 +287,10 @@ class GPT(nn.Module):
             if stop_token is not None:
                 token = token.masked_fill(done, stop_token)
                 done |= token == stop_token
+            yield token
             idx = torch.cat((idx, token[:, None]), dim=1)
             if stop_token is not None and done.all():
                 break
-        return idx
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str | Path) -> GPT:

@@ -1,0 +1,142 @@
+"""sample.py as its user runs it: prompts from everywhere, text as it comes, characters never cut."""
+
+import os
+import pty
+import shutil
+import subprocess
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sample
+from conftest import ENVIRONMENT, command, run
+from model import GPT, GPTConfig
+from tokens import END_OF_TEXT, gpt2_encoding
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A random model with opinions."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=32))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn_like(p)
+        model.transformer.wte.weight[50257:] = 0
+    directory = tmp_path_factory.mktemp("saved") / "log/step_000010"
+    model.save_pretrained(directory)
+    return directory
+
+
+@settings(deadline=None)  # the first one builds the tokenizer
+@given(st.text(max_size=40), st.text(min_size=1, max_size=3) | st.none())
+def test_pieces_make_up_the_text_before_the_stop(text, stop):
+    """Whatever the tokens, no character comes in halves; a stop string is found wherever tokens end."""
+    tokens = [token for character in text for token in gpt2_encoding().encode_ordinary(character)]
+    came = [*sample.pieces(iter([*tokens, END_OF_TEXT, 11]), stop)]
+    assert "".join(came) == (text.split(stop)[0] if stop else text)
+    assert "\ufffd" in text or not any("\ufffd" in piece for piece in came)
+
+
+def test_text_comes_as_soon_as_it_is_decided():
+    encoding = gpt2_encoding()
+    flag = [*map(encoding.encode_single_token, [b"\xf0\x9f", b"\x98", b"\x80"])]
+    assert encoding.decode(flag) == "😀"
+    assert [*sample.pieces(iter([464, *flag, 1770, 13, 383]), "Mr.")] == ["The", "", "", "😀", " ", ""]
+    assert [*sample.pieces(iter([464, *flag[:2]]), None)] == ["The", "", "", "\ufffd"]  # the last token was half of one
+
+
+def test_greedy_text_is_that_of_transformers(saved):
+    from transformers import AutoTokenizer, GPT2LMHeadModel
+
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    prompt = tokenizer("First Citizen:", return_tensors="pt")
+    theirs = GPT2LMHeadModel.from_pretrained(saved)
+    ids = theirs.generate(**prompt, max_new_tokens=20, do_sample=False, pad_token_id=END_OF_TEXT)
+    flags = (
+        "--model",
+        saved,
+        "--prompt",
+        "First Citizen:",
+        "--max_new_tokens",
+        20,
+        "--temperature",
+        0,
+        "--device",
+        "cpu",
+    )
+    assert run("sample.py", *flags).stdout == tokenizer.decode(ids[0], clean_up_tokenization_spaces=False) + "\n"
+
+
+def test_prompts_from_a_flag_a_file_and_standard_input_and_the_newest_save(saved, tmp_path):
+    (tmp_path / "log/step_000007").mkdir(parents=True)  # nothing in it: it must not be the one that is taken
+    shutil.copytree(saved, tmp_path / "log/step_000012")
+    (tmp_path / "beginning.txt").write_text("Straße\n")
+    flags = "--num_samples", 2, "--max_new_tokens", 40, "--device", "cpu"
+    kwargs = dict(cwd=tmp_path)
+    by_flag = run("sample.py", *flags, "--prompt", "Straße", **kwargs).stdout
+    assert by_flag.count("Straße") >= 2 and by_flag.count("-" * 80) == 2
+    first, second, _ = by_flag.split("-" * 80 + "\n")
+    assert first != second
+    assert run("sample.py", *flags, "--prompt_file", "beginning.txt", **kwargs).stdout == by_flag
+    assert run("sample.py", *flags, input="Straße\n", **kwargs).stdout == by_flag
+    assert run("sample.py", *flags, "--seed", 2, input="Straße\n", **kwargs).stdout != by_flag
+
+
+def test_a_session_at_a_terminal(saved):
+    ours, theirs = pty.openpty()
+    line = command("sample.py", "--model", saved, "--max_new_tokens", 5, "--device", "cpu")
+    process = subprocess.Popen(
+        line, env=ENVIRONMENT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    said = b""
+
+    def read_until(text: bytes, count: int) -> None:
+        nonlocal said
+        while said.count(text) < count:
+            said += os.read(ours, 1000)
+
+    read_until(b"prompt> ", 1)
+    os.write(ours, b"Hello\n")
+    read_until(b"prompt> ", 2)
+    os.write(ours, b"\x04")
+    assert process.wait(timeout=30) == 0
+    answer = said.split(b"Hello\r\n")[1].split(b"prompt> ")[0]
+    assert len(answer.strip()) > 3 and b"Traceback" not in said
+
+
+def test_a_reader_that_has_seen_enough(saved):
+    line = command("sample.py", "--model", saved, "--prompt", "x", "--device", "cpu", "--num_samples", 50)
+    process = subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--prompt x", "no save in log/: train one with python train_gpt2.py"),
+        ("--prompt x --model nowhere/at/all", "--model nowhere/at/all: no GPT-2 there, or out of reach"),
+        ("--prompt x --temperature nan", "--temperature nan: must be at least 0"),
+        ("--prompt x --num_samples 0", "--num_samples 0: must be at least 1"),
+        ("--prompt x --prompt_file y", "--prompt and --prompt_file: one of them"),
+        ("--prompt_file nowhere.txt", "--prompt_file nowhere.txt: No such file or directory"),
+        ("--prompt_file latin1.txt", "the prompt is not UTF-8 text (byte 1)"),
+        ("--prompt x --device gpu", "--device gpu: PyTorch finds no such device here"),
+        ("--prompt x --tempreature 1", "unrecognized arguments: --tempreature 1; see --help"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin1.txt").write_bytes("aß".encode("latin1"))
+    try:
+        status = sample.main(flags.split())
+    except SystemExit as e:  # argparse's
+        status = e.code
+    out, err = capsys.readouterr()
+    assert status == 2 and not out
+    assert err.startswith("sample.py: error: ") and err.count("\n") == 1 and message in err
