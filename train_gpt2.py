@@ -926,6 +926,9 @@ def is_due(every: int, step: int, max_steps: int) -> bool:
 def train(given: dict, ranks: Ranks) -> int:
     """A whole run, from flags to the last save; returns the exit status. Raises RunError."""
     torch.set_float32_matmul_precision("high")  # TF32, for what is left in float32
+    if ranks.device.type == "cpu":  # compiled, threads would else add up the embedding's gradient in any order, slowly
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     resumed, record, notes = ranks.first(lambda: find_save(given))
     init_from = None if resumed else given.get("init_from")
     pretrained = ranks.each(lambda: load_pretrained(init_from) if init_from and ranks.rank == 0 else None)

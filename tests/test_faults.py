@@ -137,6 +137,22 @@ def test_killed_at_random_moments(tmp_path, text, undisturbed, kills, steps):
     assert weights(log) == weights(undisturbed) and not list(log.glob(".unfinished-*"))
 
 
+@pytest.mark.slow
+def test_killed_at_the_default_settings(tmp_path, text):
+    """In bfloat16, compiled, on two threads: still bit for bit, on a CPU."""
+    flags = *RUN, "--data", text, "--dtype", "bfloat16", "--compile", "on", "--total_batch_size", 512, "--resume"
+    env = dict(OMP_NUM_THREADS="2")
+    run("train_gpt2.py", *flags, "--log_dir", tmp_path / "whole", env=env)
+    log = tmp_path / "log"
+    for step in 8, 29:
+        process = start(*flags, "--log_dir", log, **env)
+        wait_for_step(log, step, process)
+        process.kill()
+        process.communicate()
+    assert "resumed" in run("train_gpt2.py", *flags, "--log_dir", log, env=env).stdout
+    assert read_log(log) == read_log(tmp_path / "whole") and weights(log) == weights(tmp_path / "whole")
+
+
 DYING = """
 import os, shutil, sys
 sys.path.insert(0, {root!r})
