@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 import checkpoint
 import hellaswag
+import plot
 from model import GPT, GPT2_VOCAB_SIZE, SIZES, GPTConfig, keep_pages
 from tokens import ShardError, check_ids, check_manifest, gpt2_encoding, open_shard, shard_paths
 
@@ -821,6 +822,13 @@ class RunLog:
             self.files[0].write(f"{step} {name} {value:.9g}\n")
         self.say(f"step {step}: {text} {value:.4f}")
 
+    def draw(self) -> None:
+        """Draw the curves of the run so far."""
+        try:
+            plot.draw([self.dir], self.dir / "curves.png")
+        except (ImportError, OSError, plot.PlotError) as e:
+            self.say(f"no {self.dir / 'curves.png'}: {e}")
+
     def best_saved_step(self) -> int | None:
         """The step, among those saved, with the lowest validation loss."""
         saved = checkpoint.saves(self.dir)
@@ -1016,6 +1024,8 @@ def train(given: dict, ranks: Ranks) -> int:
                 examine()
             if last:
                 ranks.first(saver.wait)
+                if log and config.max_steps:
+                    log.draw()
                 signals.seen = ranks.sum(*signals.received)
                 return 128 + signals.stopping if signals.stopping else 0
             started = time.perf_counter()

@@ -139,6 +139,7 @@ def test_log_and_checkpoint(tmp_path, text):
     assert [row["loss"] for row in table] == list(read_log(tmp_path).values())
     facts = json.loads((tmp_path / "run.json").read_text())
     assert facts["config"]["max_steps"] == 8 and facts["parameters"] == 50257 * 32 + 32 * 32 + 2 * 12704 + 64
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     # The newest, and the best by validation loss of those that were evaluated.
     assert [p.name for p in sorted(tmp_path.glob("step_*"))] == ["step_000004", "step_000008"]
     assert sorted(p.name for p in (tmp_path / "step_000008").iterdir()) == [
@@ -183,7 +184,9 @@ def test_an_older_run_is_moved_aside_and_nothing_else(tmp_path, text):
     (old,) = tmp_path.glob("old-*")
     assert "--resume" in done.stdout and str(old) in done.stdout
     assert (old / "log.txt").read_bytes() == log
-    assert sorted(p.name for p in old.iterdir()) == ["log.txt", "run.json", "step_000004", "step_000008", "steps.csv"]
+    assert sorted(p.name for p in old.iterdir()) == [
+        "curves.png", "log.txt", "run.json", "step_000004", "step_000008", "steps.csv",
+    ]  # fmt: skip
     assert (tmp_path / "notes.md").read_text() == "mine" and len(read_log(tmp_path)) == 2
 
 
