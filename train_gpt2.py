@@ -126,6 +126,7 @@ class TrainConfig:
     save_every: int = option(1000, "steps between saves; 0 for one at the end")
     keep: int = option(2, "newest saves to keep, besides the best by validation loss", low=1)
     dist_timeout: float = option(600.0, "seconds until a rank that waits for another gives up", low=1)
+    dry_run: bool = option(False, "take four steps, say what the run would take, and write nothing")
 
 
 # What may not change when a run is resumed: with any of these changed it would be another run.
@@ -926,6 +927,33 @@ def build(
     return model, optimizer, scaler
 
 
+def forecast(
+    seconds: float, first_step: int, eval_rows: int, config: TrainConfig, model: GPT, ranks: Ranks
+) -> list[str]:
+    """What a run would take from this step on, if a step takes so many seconds: time, memory, disk."""
+    eval_tokens = min(config.eval_tokens, eval_rows * config.seq_len)
+    evaluations = sum(
+        is_due(config.eval_every, step, config.max_steps) for step in range(first_step, config.max_steps + 1)
+    )
+    evaluation = seconds / 3 * eval_tokens / config.total_batch_size  # forward alone is a third of the work
+    total = timedelta(seconds=round(seconds * (config.max_steps - first_step) + evaluations * evaluation))
+    save = 12 * model.num_parameters()  # weights and Adam's moments, in bytes
+    status = Path("/proc/self/status")
+    if ranks.device.type == "cuda":
+        memory = f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB of each GPU's"
+    elif status.exists():
+        peak = int(dict(line.split(":\t") for line in status.read_text().splitlines())["VmHWM"].split()[0]) * 1024
+        memory = f"{peak / 1e9:.2f} GB a rank"
+    else:
+        memory = "n/a here"
+    return [
+        f"time     {total}: {seconds:.3g} s a step, {evaluation:.3g} s an evaluation, exams and samples not counted",
+        f"memory   {memory}, at the peak",
+        f"disk     {(config.keep + 2) * save / 1e9:.2f} GB for {config.keep} saves, the best, and one being written",
+        "this was a dry run: nothing is written",
+    ]
+
+
 def is_due(every: int, step: int, max_steps: int) -> bool:
     """Whether something that comes every so many steps, and at the end, comes at this one."""
     return every > 0 and (step % every == 0 or step == max_steps)
@@ -968,7 +996,7 @@ def train(given: dict, ranks: Ranks) -> int:
         config = replace(config, micro_batch_size=B)
         for line in notes:
             say(line)
-    if config.max_steps:  # from here on the run writes; one of no steps only evaluates
+    if config.max_steps and not config.dry_run:  # from here on the run writes; one of no steps only evaluates
         ranks.first(lambda: log.open(resumed, step, facts(config, ranks, raw_model, data)))
 
     signals, saver = Signals(), checkpoint.Saver()
@@ -1011,7 +1039,18 @@ def train(given: dict, ranks: Ranks) -> int:
     B, T, W = config.micro_batch_size, config.seq_len, ranks.size
     micro_batches = loader.micro_batches(step * (config.total_batch_size // T) + ranks.rank * B, B, stride=W * B)
     peak = peak_flops(ranks.device, config.dtype)
+
+    def take_step() -> tuple[float, float, float]:
+        started = time.perf_counter()
+        loss, norm = train_step(model, optimizer, scaler, micro_batches, step, config, ranks, amp, signals)
+        return loss, norm, time.perf_counter() - started
+
     try:
+        if config.dry_run and tokens_left:
+            seconds = sorted(take_step()[2] for _ in range(4))[1]  # the first is slow, the fastest may be luck
+            for line in forecast(seconds, step, val_loader.n_rows, config, raw_model, ranks):
+                say(line)
+            return 0
         while True:
             last, stopping = step == config.max_steps, signals.stopping
             if step > first_step and (last or stopping or due(config.save_every)):
@@ -1028,9 +1067,7 @@ def train(given: dict, ranks: Ranks) -> int:
                     log.draw()
                 signals.seen = ranks.sum(*signals.received)
                 return 128 + signals.stopping if signals.stopping else 0
-            started = time.perf_counter()
-            loss, norm = train_step(model, optimizer, scaler, micro_batches, step, config, ranks, amp, signals)
-            seconds = time.perf_counter() - started
+            loss, norm, seconds = take_step()
             mfu = peak and config.total_batch_size * raw_model.flops_per_token() / (seconds * peak * W)
             if log:
                 log.train(step, loss, learning_rate(step, config), norm, seconds, mfu)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -126,6 +127,21 @@ def test_a_resumed_run_says_what_may_change_and_did(tmp_path, text):
 
 
 # What a run leaves
+
+
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(tmp_path, text):
+    flags = "--keep", 3, "--micro_batch_size", 4, "--max_steps", 1000
+    done = train(text, tmp_path / "log", "--dry_run", *flags, ranks=2)
+    time_line, memory, disk, last = done.stdout.splitlines()[-4:]
+    seconds = float(re.search(r"([\d.]+) s a step", time_line)[1])
+    evaluation = float(re.search(r"([\d.]+) s an evaluation", time_line)[1])
+    assert evaluation == pytest.approx(seconds / 3, rel=0.02)  # as many tokens as a step, forward alone
+    hours, minutes, rest = map(int, re.search(r"(\d+):(\d+):(\d+)", time_line).groups())
+    assert 3600 * hours + 60 * minutes + rest == pytest.approx(1000 * seconds + 251 * evaluation, rel=0.02, abs=1)
+    assert "GB a rank, at the peak" in memory and last == "this was a dry run: nothing is written"
+    assert (
+        not (tmp_path / "log").exists() and "0.10 GB for 3 saves" in disk
+    )  # five of 12 bytes a parameter, 1.63M of them
 
 
 def test_log_and_checkpoint(tmp_path, text):
