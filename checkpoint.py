@@ -84,9 +84,10 @@ class Saver:
         if writing is not None:
             writing.result()
 
-    def close(self) -> None:
-        """Wait, but raise nothing."""
+    def close(self) -> BaseException | None:
+        """Wait, for good; what write raised, if that is not known yet, is returned and not raised."""
         self.pool.shutdown()
+        return self.writing and self.writing.exception()
 
 
 def verify(directory: Path) -> dict:
@@ -119,6 +120,8 @@ def load(directory: Path) -> tuple[GPT, dict]:
     are what was written, but not what a run writes; code in them is refused and never runs."""
     try:
         state = torch.load(directory / "trainer_state.pt", map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not {"optimizer", "scaler"} <= state.keys():
+            raise ValueError("trainer_state.pt holds no optimizer and scaler")
         return GPT.from_pretrained(directory), state
     except (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError) as e:
         raise CheckpointError(f"{directory}: cannot be loaded ({first_line(e)})") from None

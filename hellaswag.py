@@ -293,10 +293,12 @@ def report(args: argparse.Namespace) -> int:
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise HellaSwagError(f"--{flag} {getattr(args, flag)}: must be at least 1")
     for flag in "json", "save_predictions":
-        if (file := getattr(args, flag)) and not file.absolute().parent.is_dir():
-            raise HellaSwagError(f"--{flag} {file}: there is no directory {file.parent}")
+        if (file := getattr(args, flag)) and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
+            raise HellaSwagError(
+                f"--{flag} {file}: cannot be written to; is {file.parent} a directory, and this a file?"
+            )
     try:
-        torch.empty(0, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError):  # no such name; no such device
         raise HellaSwagError(f"--device {args.device}: PyTorch finds no such device here; try --device cpu") from None
     path = args.data or find_file()
@@ -304,8 +306,9 @@ def report(args: argparse.Namespace) -> int:
         raise HellaSwagError(f"--data {path}: no such file")
     try:
         model = GPT.from_pretrained(args.model_type).eval().to(args.device)
-    except (OSError, ValueError) as e:
-        raise HellaSwagError(f"--model_type {args.model_type}: {str(e).splitlines()[0]}") from None
+    except Exception as e:  # whatever a hub's client may raise, or a file that is no model
+        reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
+        raise HellaSwagError(f"--model_type {args.model_type}: {reason}") from None
     torch.set_float32_matmul_precision("high")
     model.to(getattr(torch, args.dtype))
     batch_tokens = args.batch_tokens or (65536 if args.device.startswith("cuda") else 1024)

@@ -392,7 +392,7 @@ def sample(
     logits = logits[:, :GPT2_VOCAB_SIZE]
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # so that no temperature makes it infinite
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -math.inf)

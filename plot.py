@@ -50,11 +50,11 @@ class Run:
                 if name != "train":
                     results[name][0].append(int(step))
                     results[name][1].append(float(value))
-        except FileNotFoundError as e:
-            raise PlotError(f"{log_dir}: holds no run: {Path(e.filename).name} is not there") from None
+            return cls(log_dir.name, columns, results, Path(config["data"]).name, config["total_batch_size"])
+        except OSError as e:
+            raise PlotError(f"{log_dir}: holds no run: {Path(e.filename).name} cannot be read ({e.strerror})") from None
         except (IndexError, KeyError, ValueError, TypeError):
             raise PlotError(f"{log_dir}: holds no steps of a run that could be drawn") from None
-        return cls(log_dir.name, columns, results, Path(config["data"]).name, config["total_batch_size"])
 
     def seconds(self, steps: list[float]) -> list[float]:
         """How long training had taken before each of these steps, or in all before one that is still to come."""
@@ -117,7 +117,7 @@ def draw(log_dirs: list[Path], file: Path) -> None:
     for panel in axes.values():
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=110, format="png")
     plt.close(figure)
 
 

@@ -10,7 +10,7 @@ At a terminal and without a prompt it asks for one, again and again; Ctrl-C stop
 
 import argparse
 import codecs
-import math
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def load(name_or_dir: str | None, device: torch.device) -> GPT:
         name_or_dir = saves[-1]
     try:
         model = GPT.from_pretrained(name_or_dir)
-    except (OSError, ValueError) as e:
+    except Exception as e:  # whatever a hub's client may raise, or a file that is no model
         raise SampleError(
             f"--model {name_or_dir}: no GPT-2 there, or out of reach: {checkpoint.first_line(e)}"
         ) from None
@@ -77,7 +77,8 @@ def write(model: GPT, prompt: str, args: argparse.Namespace, generator: torch.Ge
 
 def converse(model: GPT, args: argparse.Namespace, generator: torch.Generator) -> None:
     """Ask for prompts until there are no more."""
-    import readline  # noqa: F401  (input() then has a history and can be edited)
+    with contextlib.suppress(ImportError):  # on Windows, which needs none
+        import readline  # noqa: F401  (input() then has a history and can be edited)
 
     while True:
         try:
@@ -111,11 +112,11 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu, cuda, mps (the best there is)")
     parser.error = lambda message: parser.exit(2, f"sample.py: error: {message}; see --help\n")
     args = parser.parse_args(argv)
-    bounds = dict(num_samples=1, max_new_tokens=1, temperature=0, top_k=0, top_p=0, seed=0)
+    bounds = dict(num_samples=1, max_new_tokens=1, temperature=0, top_k=0, top_p=1e-6, seed=0)
     for flag, low in bounds.items():
         value = getattr(args, flag)
-        if value is not None and not low <= value < math.inf:  # NaN, too
-            raise SampleError(f"--{flag} {value}: must be at least {low}")
+        if value is not None and not low <= value < 2**63:  # NaN, too
+            raise SampleError(f"--{flag} {value}: must be from {low:g} to 2^63")
     args.top_k = args.top_k or None
     if args.prompt is not None and args.prompt_file:
         raise SampleError("--prompt and --prompt_file: one of them, please")
@@ -129,6 +130,8 @@ def find_prompt(args: argparse.Namespace) -> str | None:
     try:
         if args.prompt_file:
             return args.prompt_file.read_text(encoding="utf-8").removesuffix("\n")
+        if sys.stdin is None:
+            return ""
         return None if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
     except OSError as e:
         raise SampleError(f"--prompt_file {args.prompt_file}: {e.strerror}") from None

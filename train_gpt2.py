@@ -562,6 +562,16 @@ def out_of_memory(e: Exception) -> bool:
     )
 
 
+def if_it_fits(fn: Callable, what: str):
+    """Call fn; raises RunError if there is no memory for what it makes."""
+    try:
+        return fn()
+    except (RuntimeError, MemoryError) as e:
+        if out_of_memory(e):
+            raise RunError(f"{what} does not fit into memory: try a smaller --preset") from None
+        raise
+
+
 def prepare(
     raw_model: GPT, config: TrainConfig, ranks: Ranks, amp: torch.autocast, compiled: bool
 ) -> tuple[nn.Module, int, list[str]]:
@@ -719,12 +729,12 @@ class Signals:
     numbers = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self):
-        self.received = [0.0, 0.0]  # by this rank
-        self.seen = [0.0, 0.0]  # by any rank, as all agreed at the end of the last step
+        self.received = [0.0, 0.0, 0.0]  # by this rank: these two, and that a save has failed
+        self.seen = [0.0, 0.0, 0.0]  # by any rank, as all agreed at the end of the last step
         self.before = [signal.signal(number, self.receive) for number in self.numbers]
 
     def receive(self, number: int, frame) -> None:
-        if any(self.received):
+        if any(self.received[:2]):
             os._exit(128 + number)
         self.received[self.numbers.index(number)] = 1.0
         os.write(2, b"\nfinishing the step, then saving; a second signal stops at once\n")
@@ -732,7 +742,12 @@ class Signals:
     @property
     def stopping(self) -> signal.Signals | None:
         """The signal that the ranks have agreed to stop for."""
-        return next((number for number, seen in zip(self.numbers, self.seen, strict=True) if seen), None)
+        return next((number for number, seen in zip(self.numbers, self.seen, strict=False) if seen), None)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save has failed."""
+        return self.seen[-1] > 0
 
     def restore(self) -> None:
         for number, handler in zip(self.numbers, self.before, strict=True):
@@ -768,7 +783,7 @@ class RunLog:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
             checkpoint.clean(self.dir)
-            if resumed is not None and resumed.absolute().parent == self.dir.absolute():
+            if resumed is not None and resumed.parent.resolve() == self.dir.resolve():
                 for line in checkpoint.set_aside(self.dir, resumed, step):
                     self.say(line)
                 again = dict(val=self.config.eval_every, hella=self.config.hellaswag_every)
@@ -798,6 +813,13 @@ class RunLog:
             file.close()
         self.lock.release()
 
+    def write(self, i: int, line: str) -> None:
+        """Add a line to one of the files. Raises DiskError."""
+        try:
+            self.files[i].write(line + "\n")
+        except OSError as e:
+            raise checkpoint.DiskError(f"{self.files[i].name}: cannot be written to ({e.strerror})") from None
+
     def say(self, line: str) -> None:
         """Print a line, above the progress bar if there is one."""
         tqdm.write(line, file=sys.stdout)
@@ -805,10 +827,9 @@ class RunLog:
 
     def train(self, step: int, loss: float, lr: float, norm: float, seconds: float, mfu: float | None) -> None:
         """The step that led to step + 1, which took so many seconds."""
-        log, table = self.files
         batch = self.config.total_batch_size
-        log.write(f"{step} train {loss:.9g}\n")
-        table.write(f"{step},{(step + 1) * batch},{loss:.9g},{lr:.9g},{norm:.9g},{seconds:.6g}\n")
+        self.write(0, f"{step} train {loss:.9g}")
+        self.write(1, f"{step},{(step + 1) * batch},{loss:.9g},{lr:.9g},{norm:.9g},{seconds:.6g}")
         speed = f"{batch / seconds:,.0f} tok/s, MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {loss:.4f}, {speed}", refresh=False)
@@ -820,21 +841,25 @@ class RunLog:
     def result(self, step: int, name: str, value: float, text: str) -> None:
         """An evaluation of the weights as they are at a step."""
         if self.files:
-            self.files[0].write(f"{step} {name} {value:.9g}\n")
+            self.write(0, f"{step} {name} {value:.9g}")
         self.say(f"step {step}: {text} {value:.4f}")
 
     def draw(self) -> None:
         """Draw the curves of the run so far."""
         try:
             plot.draw([self.dir], self.dir / "curves.png")
-        except (ImportError, OSError, plot.PlotError) as e:
-            self.say(f"no {self.dir / 'curves.png'}: {e}")
+        except Exception as e:  # whatever it is: the run is over, and well
+            self.say(f"no {self.dir / 'curves.png'}: {checkpoint.first_line(e)}")
 
-    def best_saved_step(self) -> int | None:
-        """The step, among those saved, with the lowest validation loss."""
+    def best_saved_step(self, before: int) -> int | None:
+        """The step, among those saved before this one, with the lowest validation loss."""
         saved = checkpoint.saves(self.dir)
         lines = [line.split() for line in (self.dir / "log.txt").read_text(encoding="utf-8").splitlines()]
-        losses = {int(step): float(value) for step, name, value in lines if name == "val" and int(step) in saved}
+        losses = {
+            int(step): float(value)
+            for step, name, value in lines
+            if name == "val" and int(step) < before and int(step) in saved
+        }
         return min(losses, key=losses.get, default=None)
 
 
@@ -900,17 +925,9 @@ def build(
         placed.adapt(config.seq_len, config.dropout)
         return placed.to(ranks.device)
 
-    def if_it_fits(fn: Callable):
-        try:
-            return fn()
-        except (RuntimeError, MemoryError) as e:
-            if out_of_memory(e):
-                raise RunError("the model does not fit into memory: try a smaller --preset") from None
-            raise
-
-    model, state = ranks.each(lambda: if_it_fits(read) if ranks.rank == 0 else (None, None))
+    model, state = ranks.each(lambda: if_it_fits(read, "the model") if ranks.rank == 0 else (None, None))
     shape = ranks.first(lambda: model.config)
-    model = ranks.each(lambda: if_it_fits(place))
+    model = ranks.each(lambda: if_it_fits(place, "the model"))
     optimizer = model.configure_optimizers(config.weight_decay, config.max_lr)
     scaler = torch.amp.GradScaler(config.device, enabled=config.dtype == "float16")
     if resumed is not None:
@@ -962,9 +979,9 @@ def is_due(every: int, step: int, max_steps: int) -> bool:
 def train(given: dict, ranks: Ranks) -> int:
     """A whole run, from flags to the last save; returns the exit status. Raises RunError."""
     torch.set_float32_matmul_precision("high")  # TF32, for what is left in float32
-    if ranks.device.type == "cpu":  # compiled, threads would else add up the embedding's gradient in any order, slowly
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+    # On a CPU: compiled, its threads would else add up the embedding's gradient in any order, and slowly.
+    torch.use_deterministic_algorithms(ranks.device.type == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False
     resumed, record, notes = ranks.first(lambda: find_save(given))
     init_from = None if resumed else given.get("init_from")
     pretrained = ranks.each(lambda: load_pretrained(init_from) if init_from and ranks.rank == 0 else None)
@@ -1006,16 +1023,18 @@ def train(given: dict, ranks: Ranks) -> int:
         state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         info = dict(requested=asdict(replace(requested, resume=None)), config=asdict(config))
         info |= dict(data=data.fingerprint, ranks=ranks.size)
-        saver.start(partial(write, step, info, log.best_saved_step()), raw_model, state)
+        if_it_fits(
+            lambda: saver.start(partial(write, step, info), raw_model, state), "the copy that a save is made from"
+        )
 
-    def write(step: int, info: dict, best_step: int | None, model: GPT, state: dict) -> None:
+    def write(step: int, info: dict, model: GPT, state: dict) -> None:
         try:
             say(f"step {step}: saved {checkpoint.save(log.dir, step, model, state, info)}")
-        except checkpoint.DiskError:
-            signals.received[0] = 1.0  # all ranks stop, as they do for a SIGTERM, and in their last save learn why
+            for line in checkpoint.prune(log.dir, config.keep, log.best_saved_step(before=step)):
+                say(line)
+        except BaseException:
+            signals.received[-1] = 1.0  # all ranks stop at the end of their step
             raise
-        for line in checkpoint.prune(log.dir, config.keep, best_step):
-            say(line)
 
     def due(every: int) -> bool:
         return is_due(every, step, config.max_steps)
@@ -1053,6 +1072,8 @@ def train(given: dict, ranks: Ranks) -> int:
             return 0
         while True:
             last, stopping = step == config.max_steps, signals.stopping
+            if signals.failed:
+                ranks.first(saver.wait)  # raises what the save failed of
             if step > first_step and (last or stopping or due(config.save_every)):
                 ranks.first(save)
             if stopping:
@@ -1063,9 +1084,9 @@ def train(given: dict, ranks: Ranks) -> int:
                 examine()
             if last:
                 ranks.first(saver.wait)
+                signals.seen = ranks.sum(*signals.received)
                 if log and config.max_steps:
                     log.draw()
-                signals.seen = ranks.sum(*signals.received)
                 return 128 + signals.stopping if signals.stopping else 0
             loss, norm, seconds = take_step()
             mfu = peak and config.total_batch_size * raw_model.flops_per_token() / (seconds * peak * W)
@@ -1073,7 +1094,8 @@ def train(given: dict, ranks: Ranks) -> int:
                 log.train(step, loss, learning_rate(step, config), norm, seconds, mfu)
             step += 1
     finally:
-        saver.close()
+        if error := saver.close():
+            print(f"train_gpt2.py: error: {error}", file=sys.stderr)
         signals.restore()
         micro_batches.close()
         if log:
@@ -1096,6 +1118,9 @@ def main(argv: list[str] | None = None) -> int:
     except ShardError as e:  # which the rank that read the tokens found alone
         print(f"train_gpt2.py: error: {e}", file=sys.stderr)
         return 2
+    except checkpoint.DiskError as e:
+        print(f"train_gpt2.py: error: {e}", file=sys.stderr)
+        return 4
     except OSError as e:
         print(f"train_gpt2.py: error: {e.filename}: {e.strerror}", file=sys.stderr)
         return 4

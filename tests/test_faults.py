@@ -163,7 +163,7 @@ from model import GPT, GPTConfig
 def state(step):
     torch.manual_seed(step)
     model = GPT(GPTConfig(8, 512, 1, 1, 8))
-    return model, dict(optimizer=torch.full((100,), float(step)))
+    return model, dict(optimizer=torch.full((100,), float(step)), scaler={{}})
 
 os.fsync = lambda fd: None  # a process that dies takes no written byte along
 log = Path("log")
@@ -504,7 +504,8 @@ def test_a_broken_save_is_passed_over_and_an_older_one_may_be_chosen(log, text, 
     assert f"passed over a save: {log}/step_000012/model.safetensors: does not match its SHA-256" in done.stdout
     assert "step_000012 set aside as bad-step_000012" in done.stdout and (log / "bad-step_000012").is_dir()
     assert_same_run(log, undisturbed)
-    again = resume(log, text, log / "step_000050", "--keep", 50)
+    (log.parent / "link").symlink_to(log)
+    again = resume(log, text, log.parent / "link/step_000050", "--keep", 50)
     assert "step_000055 set aside as old-step_000055" in again.stdout and "at step 50" in again.stdout
     assert {"old-step_000055", "old-step_000060", "step_000055", "step_000060"} < {p.name for p in log.iterdir()}
     assert_same_run(log, undisturbed)
@@ -525,16 +526,17 @@ class Payload:
         return os.system, ("touch ran",)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("rehashed", [False, True])
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps(Payload()), "zip"])
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps(Payload()), Payload(), {}, [1]])
 def test_what_is_no_state_is_refused_and_never_runs(tmp_path, log, text, capsys, monkeypatch, content, rehashed):
     """With the wrong hash, and by somebody who knew how to make a right one."""
     monkeypatch.chdir(tmp_path)
     path = log / "step_000012/trainer_state.pt"
-    if content == "zip":
-        torch.save(Payload(), path)
-    else:
+    if isinstance(content, bytes):
         path.write_bytes(content)
+    else:
+        torch.save(content, path)
     if rehashed:
         record = json.loads((path.parent / "checkpoint.json").read_text())
         del record["sha256"]
@@ -573,6 +575,22 @@ def test_a_file_that_cannot_be_written_whole(log, text, undisturbed, limit, wher
     assert all(checkpoint.verify(directory) for directory in checkpoint.saves(log).values())
     resume(log, text)
     assert_same_run(log, undisturbed)
+
+
+@pytest.mark.parametrize(
+    "then, status, said",
+    [
+        ("os.kill(os.getpid(), signal.SIGTERM)", 4, "finishing the step"),
+        ("return None, loss * float('nan')", 3, "step 5: loss nan"),
+    ],
+)
+def test_a_save_that_fails_is_told_whatever_else_happens_in_that_step(tmp_path, text, then, status, said):
+    script = with_fault(tmp_path, f"if calls == 13:\n    time.sleep(5)\n    {then}")
+    flags = *RUN, "--data", text, "--log_dir", tmp_path / "log", "--micro_batch_size", 1
+    limits = dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)))
+    done = run(script, *flags, status=status, **limits)
+    assert "step_000005: could not be saved: " in done.stderr and said in done.stderr
+    assert list(read_log(tmp_path / "log"))[-1] == (5 if status == 4 else 4)
 
 
 @pytest.fixture

@@ -170,9 +170,14 @@ def test_the_script(saved, tmp_path):
         (["-m", "MODEL", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["-m", "MODEL", "-d", "cuda"], "--device cuda: PyTorch finds no such device here"),
         (["-m", "MODEL", "-d", "gpu"], "--device gpu: PyTorch finds no such device here"),
+        (["-m", "MODEL", "-d", "meta"], "--device meta: PyTorch finds no such device here"),
+        (["-m", "MODEL", "--json", "."], "--json .: cannot be written to"),
         (["-m", "MODEL", "--limit", "0"], "--limit 0: must be at least 1"),
         (["-m", "MODEL", "--limit", "ten"], "--limit: invalid int value: 'ten'; see --help"),
-        (["-m", "MODEL", "--json", "nowhere/x.json"], "--json nowhere/x.json: there is no directory nowhere"),
+        (
+            ["-m", "MODEL", "--json", "nowhere/x.json"],
+            "--json nowhere/x.json: cannot be written to; is nowhere a directory",
+        ),
     ],
 )
 def test_the_script_s_errors_are_one_line(saved, capsys, flags, message):

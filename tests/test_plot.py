@@ -59,12 +59,13 @@ def test_what_gpt2_reached_on_other_data_is_not_drawn(tmp_path, figure):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda d: None, "log: holds no run: run.json is not there"),
+        (lambda d: None, "log: holds no run: run.json cannot be read (No such file"),
         (
             lambda d: (write_run(d) / "steps.csv").write_text("step,tokens,loss,lr,norm,seconds\n"),
             "log: holds no steps",
         ),
         (lambda d: (write_run(d) / "run.json").write_text("{}"), "log: holds no steps"),
+        (lambda d: (write_run(d) / "run.json").write_text('{"config": {}}'), "log: holds no steps"),
     ],
 )
 def test_errors_are_one_line(tmp_path, monkeypatch, capsys, make, message):

@@ -1,5 +1,6 @@
 """sample.py as its user runs it: prompts from everywhere, text as it comes, characters never cut."""
 
+import json
 import os
 import pty
 import shutil
@@ -121,8 +122,11 @@ def test_a_reader_that_has_seen_enough(saved):
     [
         ("--prompt x", "no save in log/: train one with python train_gpt2.py"),
         ("--prompt x --model nowhere/at/all", "--model nowhere/at/all: no GPT-2 there, or out of reach"),
-        ("--prompt x --temperature nan", "--temperature nan: must be at least 0"),
-        ("--prompt x --num_samples 0", "--num_samples 0: must be at least 1"),
+        ("--prompt x --temperature nan", "--temperature nan: must be from 0 to"),
+        ("--prompt x --num_samples 0", "--num_samples 0: must be from 1 to"),
+        ("--prompt x --top_p 0", "--top_p 0.0: must be from 1e-06 to"),
+        ("--prompt x --seed 99999999999999999999999", "must be from 0 to 2^63"),
+        ("--prompt x --model garbage", "--model garbage: no GPT-2 there, or out of reach"),
         ("--prompt x --prompt_file y", "--prompt and --prompt_file: one of them"),
         ("--prompt_file nowhere.txt", "--prompt_file nowhere.txt: No such file or directory"),
         ("--prompt_file latin1.txt", "the prompt is not UTF-8 text (byte 1)"),
@@ -133,6 +137,9 @@ def test_a_reader_that_has_seen_enough(saved):
 def test_errors_are_one_line(tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "latin1.txt").write_bytes("aß".encode("latin1"))
+    (tmp_path / "garbage").mkdir()
+    (tmp_path / "garbage/config.json").write_text(json.dumps(GPTConfig().to_hf()))
+    (tmp_path / "garbage/pytorch_model.bin").write_bytes(b"garbage")
     try:
         status = sample.main(flags.split())
     except SystemExit as e:  # argparse's
