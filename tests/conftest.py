@@ -12,6 +12,10 @@ import pytest
 # Before torch is imported: bits are compared, and pytest-xdist has every core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch  # noqa: E402
+
+from model import GPT, GPTConfig  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 BOOKS_TEXT = ROOT / "input.txt"
 
@@ -111,6 +115,17 @@ def with_fault(directory: Path, fault: str) -> Path:
     script = directory / "faulty.py"
     script.write_text(FAULTY.format(root=str(ROOT), fault=indent(fault, "    ")))
     return script
+
+
+def perturbed(config: GPTConfig, seed: int = 0, std: float = 0.05) -> GPT:
+    """A model whose every parameter, biases and gains too, is away from its initial value; padded rows stay zero."""
+    torch.manual_seed(seed)
+    model = GPT(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += std * torch.randn_like(p)
+        model.transformer.wte.weight[config.vocab_size :] = 0.0
+    return model
 
 
 @pytest.fixture

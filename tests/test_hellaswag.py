@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hellaswag
-from conftest import ROOT, SMALL, read_log, run
+from conftest import ROOT, SMALL, perturbed, read_log, run
 from model import GPT, GPTConfig
 
 RECORDS = ROOT / "tests/data/hellaswag_100.jsonl"
@@ -18,14 +18,8 @@ RECORDS = ROOT / "tests/data/hellaswag_100.jsonl"
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A small model with opinions (weights far from their small initial values), saved."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=256, n_layer=2, n_head=2, n_embd=64))
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.1 * torch.randn_like(p)
-        model.transformer.wte.weight[50257:] = 0
     directory = tmp_path_factory.mktemp("model")
-    model.save_pretrained(directory)
+    perturbed(GPTConfig(block_size=256, n_layer=2, n_head=2, n_embd=64), std=0.1).save_pretrained(directory)
     return directory
 
 

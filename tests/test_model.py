@@ -8,21 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from conftest import perturbed
 from model import GPT, GPT2_VOCAB_SIZE, SIZES, GPTConfig, sample
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
-
-
-def perturbed(config: GPTConfig, seed: int = 0, std: float = 0.05) -> GPT:
-    """A model whose every parameter, biases and gains too, is away from its initial value; padded rows stay zero."""
-    torch.manual_seed(seed)
-    model = GPT(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p += std * torch.randn_like(p)
-        model.transformer.wte.weight[config.vocab_size :] = 0.0
-    return model
 
 
 def reference(model: GPT, directory) -> "transformers.GPT2LMHeadModel":

@@ -23,7 +23,7 @@ def write_run(directory, data="edu_fineweb10B", hella=True):
 
 @pytest.fixture
 def figure(monkeypatch):
-    """The figures that are drawn, each as {label of its y-axis: panels}."""
+    """A list that the figures which are drawn are added to."""
     import matplotlib.pyplot as plt
 
     figures = []

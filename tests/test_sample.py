@@ -7,27 +7,20 @@ import shutil
 import subprocess
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sample
-from conftest import ENVIRONMENT, command, run
-from model import GPT, GPTConfig
+from conftest import ENVIRONMENT, command, perturbed, run
+from model import GPTConfig
 from tokens import END_OF_TEXT, gpt2_encoding
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A random model with opinions."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=32))
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.2 * torch.randn_like(p)
-        model.transformer.wte.weight[50257:] = 0
     directory = tmp_path_factory.mktemp("saved") / "log/step_000010"
-    model.save_pretrained(directory)
+    perturbed(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=32), std=0.2).save_pretrained(directory)
     return directory
 
 
