@@ -6,6 +6,7 @@ every other file. It is written beside its place under another name, flushed to 
 there is no save, after it there is a whole one. Nothing here knows of ranks.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from torch.utils._pytree import tree_map_only
 
 from model import GPT
+from tokens import first_line
 
 UNFINISHED = ".unfinished-"  # what is being written or deleted has this before its name, and is no save
 
@@ -31,7 +33,10 @@ class CheckpointError(Exception):
 
 
 class DiskError(OSError):
-    """A save that could not be written; the message names the path and the bytes free there."""
+    """A save, or a line of a log, that could not be written; the message names the path and what was wrong."""
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
 
 
 def save(log_dir: Path, step: int, model: GPT, trainer_state: dict, info: dict) -> Path:
@@ -56,7 +61,7 @@ def save(log_dir: Path, step: int, model: GPT, trainer_state: dict, info: dict) 
     except (OSError, RuntimeError, SafetensorError) as e:  # torch reports some full disks as RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(log_dir).free
-        raise DiskError(f"{final}: could not be saved: {first_line(e)} ({free:,} bytes are free there)") from e
+        raise DiskError(errno.EIO, f"could not be saved: {first_line(e)} ({free:,} bytes are free there)", final) from e
     return final
 
 
@@ -212,11 +217,6 @@ def clean(log_dir: Path) -> None:
     """Remove what a process that died while saving or deleting left unfinished."""
     for p in log_dir.glob(UNFINISHED + "*"):
         shutil.rmtree(p, ignore_errors=True)
-
-
-def first_line(e: Exception) -> str:
-    """Of what an exception says, or what it is if it says nothing."""
-    return next(iter(str(e).strip().splitlines()), type(e).__name__)
 
 
 def _canonical(record: dict) -> bytes:

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tokens import END_OF_TEXT, SHA256, gpt2_encoding, open_shard, write_shard
+from tokens import END_OF_TEXT, SHA256, first_line, gpt2_encoding, open_shard, write_shard
 
 ROOT = Path(__file__).resolve().parent
 PRETOKENIZED = "kjj0/finewebedu10B-gpt2"
@@ -350,10 +350,6 @@ def read_manifest(directory: Path) -> dict:
 def sha256(path: Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def first_line(e: Exception) -> str:
-    return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from model import GPT, keep_pages
-from tokens import gpt2_encoding
+from tokens import first_line, gpt2_encoding
 
 FILE = Path(__file__).resolve().parent / "hellaswag" / "hellaswag_val.jsonl"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -307,8 +307,7 @@ def report(args: argparse.Namespace) -> int:
     try:
         model = GPT.from_pretrained(args.model_type).eval().to(args.device)
     except Exception as e:  # whatever a hub's client may raise, or a file that is no model
-        reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
-        raise HellaSwagError(f"--model_type {args.model_type}: {reason}") from None
+        raise HellaSwagError(f"--model_type {args.model_type}: {first_line(e)}") from None
     torch.set_float32_matmul_precision("high")
     model.to(getattr(torch, args.dtype))
     batch_tokens = args.batch_tokens or (65536 if args.device.startswith("cuda") else 1024)

@@ -20,7 +20,7 @@ import torch
 
 import checkpoint
 from model import GPT, GPT2_VOCAB_SIZE
-from tokens import END_OF_TEXT, gpt2_encoding
+from tokens import END_OF_TEXT, first_line, gpt2_encoding
 
 
 class SampleError(Exception):
@@ -37,9 +37,7 @@ def load(name_or_dir: str | None, device: torch.device) -> GPT:
     try:
         model = GPT.from_pretrained(name_or_dir)
     except Exception as e:  # whatever a hub's client may raise, or a file that is no model
-        raise SampleError(
-            f"--model {name_or_dir}: no GPT-2 there, or out of reach: {checkpoint.first_line(e)}"
-        ) from None
+        raise SampleError(f"--model {name_or_dir}: no GPT-2 there, or out of reach: {first_line(e)}") from None
     if model.config.vocab_size < GPT2_VOCAB_SIZE:
         raise SampleError(f"--model {name_or_dir}: has {model.config.vocab_size} tokens, not GPT-2's {GPT2_VOCAB_SIZE}")
     return model.eval().to(device)

@@ -30,6 +30,11 @@ BIN_HEADER = 256 * 4  # bytes: 256 int32
 BIN_MAGIC, BIN_VERSION = 20240520, 1
 
 
+def first_line(e: Exception) -> str:
+    """Of what an exception says, or what it is if it says nothing."""
+    return next(iter(str(e).strip().splitlines()), type(e).__name__)
+
+
 class ShardError(ValueError):
     """A token file is not what it should be; the message names the file, what was expected and what was found."""
 

@@ -42,7 +42,7 @@ import checkpoint
 import hellaswag
 import plot
 from model import GPT, GPT2_VOCAB_SIZE, SIZES, GPTConfig, keep_pages
-from tokens import ShardError, check_ids, check_manifest, gpt2_encoding, open_shard, shard_paths
+from tokens import ShardError, check_ids, check_manifest, first_line, gpt2_encoding, open_shard, shard_paths
 
 ROOT = Path(__file__).resolve().parent
 FULL_RUN = "python fineweb.py && torchrun --nproc_per_node=8 train_gpt2.py --preset gpt2"
@@ -224,8 +224,6 @@ class Ranks:
             error = e
         except checkpoint.CheckpointError as e:
             error = RunError(str(e))
-        except checkpoint.DiskError as e:
-            error = RunError(str(e), 4)
         except OSError as e:
             error = RunError(f"{e.filename}: {e.strerror}", 4)
         errors = [error] * self.size
@@ -387,7 +385,7 @@ def load_pretrained(name_or_dir: str) -> GPT:
     try:
         model = GPT.from_pretrained(name_or_dir)
     except Exception as e:  # whatever a hub's client may raise, or a file that is no model
-        reason = checkpoint.first_line(e)
+        reason = first_line(e)
         raise RunError(f"--init_from {name_or_dir}: no GPT-2 there, or out of reach: {reason}") from None
     if model.config.vocab_size < GPT2_VOCAB_SIZE:
         raise RunError(
@@ -598,7 +596,7 @@ def prepare(
         except Exception as e:
             no_memory = out_of_memory(e)
             if not no_memory and compiled and isinstance(e, torch._dynamo.exc.TorchDynamoException):
-                no_compiler = checkpoint.first_line(e)
+                no_compiler = first_line(e)
             elif not no_memory:
                 raise
         del moments
@@ -818,7 +816,7 @@ class RunLog:
         try:
             self.files[i].write(line + "\n")
         except OSError as e:
-            raise checkpoint.DiskError(f"{self.files[i].name}: cannot be written to ({e.strerror})") from None
+            raise checkpoint.DiskError(e.errno, f"cannot be written to ({e.strerror})", self.files[i].name) from None
 
     def say(self, line: str) -> None:
         """Print a line, above the progress bar if there is one."""
@@ -849,7 +847,7 @@ class RunLog:
         try:
             plot.draw([self.dir], self.dir / "curves.png")
         except Exception as e:  # whatever it is: the run is over, and well
-            self.say(f"no {self.dir / 'curves.png'}: {checkpoint.first_line(e)}")
+            self.say(f"no {self.dir / 'curves.png'}: {first_line(e)}")
 
     def best_saved_step(self, before: int) -> int | None:
         """The step, among those saved before this one, with the lowest validation loss."""
@@ -1001,7 +999,7 @@ def train(given: dict, ranks: Ranks) -> int:
     raw_model, optimizer, scaler = build(config, pretrained, resumed, ranks)
     amp = torch.autocast(config.device, getattr(torch, config.dtype), enabled=config.dtype != "float32")
     exam = None
-    if config.hellaswag_every:
+    if config.hellaswag_every and not config.dry_run:
         exam, problem = ranks.first(lambda: load_exam(config.seq_len))
         notes += [problem] if problem else []
     tokens_left = (config.max_steps - step) * config.total_batch_size
@@ -1118,16 +1116,13 @@ def main(argv: list[str] | None = None) -> int:
     except ShardError as e:  # which the rank that read the tokens found alone
         print(f"train_gpt2.py: error: {e}", file=sys.stderr)
         return 2
-    except checkpoint.DiskError as e:
-        print(f"train_gpt2.py: error: {e}", file=sys.stderr)
-        return 4
     except OSError as e:
         print(f"train_gpt2.py: error: {e.filename}: {e.strerror}", file=sys.stderr)
         return 4
     except RuntimeError as e:
         if not (isinstance(e, dist.DistError) or "/gloo/" in str(e)):
             raise
-        said = f"rank {os.environ['RANK']} has lost another: {checkpoint.first_line(e)}"
+        said = f"rank {os.environ['RANK']} has lost another: {first_line(e)}"
         print(f"train_gpt2.py: error: {said}; --resume goes on from the newest save", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before the first step: there is nothing to save
