@@ -392,16 +392,15 @@ def sample(
     logits = logits[:, :GPT2_VOCAB_SIZE]
     if temperature == 0:
         return logits.argmax(dim=-1)
+    ids = None
+    if top_k is not None or top_p is not None:  # all that follows then deals with few tokens, likeliest first
+        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # so that no temperature makes it infinite
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, -math.inf)
     if top_p is not None:
-        values, order = logits.sort(descending=True)
-        probs = values.softmax(dim=-1)
-        values = values.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, -math.inf)  # enough without this one
-        logits = torch.full_like(logits, -math.inf).scatter(1, order, values)
-    return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)[:, 0]
+        probs = logits.softmax(dim=-1)
+        logits = logits.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, -math.inf)  # enough without this one
+    token = torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)  # (B, 1)
+    return (token if ids is None else ids.gather(1, token))[:, 0]
 
 
 def _is_conv1d(name: str, p: torch.Tensor) -> bool:
