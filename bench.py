@@ -1,30 +1,190 @@
 """How fast it is, as ratios: each variant in a process of its own, all in turn, several times; medians and spreads.
 
-    python bench.py                                    everything
+    python bench.py                                    everything but fineweb, which needs documents
+    python bench.py small 124M                         training: tokens per second
+    python bench.py memory generate hellaswag          GPT-2 124M: peak memory, writing, the exam
     python bench.py fineweb --files 'books/*.parquet'  preparation, on documents of yours, ten times over
-    python bench.py hellaswag                          the exam, GPT-2 124M's shape, bfloat16
 
-Nothing else should run meanwhile. A benchmark's last variant is what the others are compared with.
+Nothing else should run meanwhile. A benchmark's last variant is what the others are compared with. Both sides have
+random weights and the precision that the device is fastest in.
 """
 
 import argparse
+import ast
+import contextlib
 import glob
+import io
 import json
+import re
 import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import numpy as np
+import torch
+from torch.nn import functional as F
 
 import fineweb
 import hellaswag
+import train_gpt2
+from model import GPT, GPT2_VOCAB_SIZE, GPTConfig, keep_pages, sample
 from tokens import END_OF_TEXT, gpt2_encoding
 
 ROOT = Path(__file__).resolve().parent
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training: tokens per second, and the peak of memory in GB, of steps of one micro-batch
+
+SHAPES = {  # a preset and its rows, and the same for the others
+    "small": ("small", 8, GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384)),
+    "124M": ("gpt2", 2, GPTConfig()),
+    "memory": ("gpt2", 4, GPTConfig()),
+}
+
+
+def train(args: argparse.Namespace, name: str, compiled: bool = True, kept_pages: bool = True) -> float:
+    """train_gpt2.py itself: four steps of a dry run."""
+    preset, B, shape = SHAPES[name]
+    if not kept_pages:
+        train_gpt2.keep_pages = lambda: None
+    flags = dict(preset=preset, micro_batch_size=B, total_batch_size=B * shape.block_size, data=ROOT / "input.txt")
+    flags |= dict(device=args.device.type, compile="on" if compiled else "off")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert train_gpt2.main(["--dry_run", *(f"--{key}={value}" for key, value in flags.items())]) == 0
+    if name == "memory":
+        return float(re.search(r"memory +([\d.]+) GB", said.getvalue())[1])
+    return B * shape.block_size / float(re.search(r"([\d.e+]+) s a step", said.getvalue())[1])
+
+
+def steps_of(args: argparse.Namespace, name: str, loss_of: Callable, optimizer: torch.optim.Optimizer) -> float:
+    """The same figure for a straightforward loop."""
+    _, B, shape = SHAPES[name]
+    rows = torch.randint(GPT2_VOCAB_SIZE, (B, shape.block_size + 1), device=args.device)
+    x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        optimizer.zero_grad()
+        with autocast(args):
+            loss = loss_of(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        loss.item()
+        seconds.append(time.perf_counter() - started)
+    if name == "memory":
+        return train_gpt2.peak_memory(args.device) / 1e9
+    return B * shape.block_size / sorted(seconds[1:])[1]  # as a dry run has it: the first of all is to warm up
+
+
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    return torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32)
+
+
+def train_plainly(args: argparse.Namespace, name: str) -> float:
+    """transformers' GPT-2 with SDPA, eager, autocast, AdamW as it comes, the allocator as it comes."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    c = SHAPES[name][2]
+    shape = dict(n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
+    no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    model = GPT2LMHeadModel(GPT2Config(**shape, **no_dropout, attn_implementation="sdpa")).to(args.device).train()
+
+    def loss_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
+
+    return steps_of(args, name, loss_of, torch.optim.AdamW(model.parameters(), lr=6e-4))
+
+
+def train_peer(args: argparse.Namespace, name: str) -> float:
+    """The network and optimizer of karpathy/build-nanogpt, as shipped; of its script the definitions alone are run."""
+    path = args.peer / "train_gpt2.py"
+    definitions = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef)
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree.body = [
+        node for node in tree.body if isinstance(node, definitions) and getattr(node, "module", "") != "hellaswag"
+    ]
+    peer = sys.modules["peer"] = types.ModuleType("peer")
+    peer.master_process = False
+    exec(compile(tree, path, "exec"), peer.__dict__)
+    c = SHAPES[name][2]
+    shape = dict(block_size=c.block_size, vocab_size=50304, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
+    model = peer.GPT(peer.GPTConfig(**shape)).to(args.device)
+    optimizer = model.configure_optimizers(0.1, 6e-4, args.device.type)
+    return steps_of(args, name, lambda x, y: model(x, y)[1], optimizer)
+
+
+def multiply(args: argparse.Namespace, name: str) -> float:
+    """How many tokens a second the device could train on if it did nothing but multiply square matrices."""
+    n = 8192 if args.device.type == "cuda" else 2048
+    A, B = (torch.randn(n, n, device=args.device, dtype=args.dtype) for _ in range(2))
+    torch.set_float32_matmul_precision("high")
+    seconds = []
+    for _ in range(12):
+        started = time.perf_counter()
+        (A @ B)[0, 0].item()
+        seconds.append(time.perf_counter() - started)
+    with torch.device("meta"):
+        flops_per_token = GPT(SHAPES[name][2]).flops_per_token()
+    return 2 * n**3 / median(seconds[2:]) / flops_per_token
+
+
+CEILING = "matrix products alone"
+
+
+def training(name: str) -> dict[str, Callable]:
+    """The variants of a training benchmark."""
+    return {
+        "train_gpt2.py": partial(train, name=name),
+        "… uncompiled": partial(train, name=name, compiled=False),
+        "… and with the default allocator": partial(train, name=name, compiled=False, kept_pages=False),
+        CEILING: partial(multiply, name=name),
+        "build-nanogpt": partial(train_peer, name=name),
+        "transformers, the plain path": partial(train_plainly, name=name),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Writing: new tokens per second of GPT-2 124M, four rows of 32 tokens continued by 64
+
+
+def generate(args: argparse.Namespace, how: str, dtype: torch.dtype | None = None) -> float:
+    idx = torch.randint(GPT2_VOCAB_SIZE, (4, 32), device=args.device)
+
+    def loop(n: int) -> torch.Tensor:
+        """Everything anew for each token, as build-nanogpt has it."""
+        tokens = idx
+        for _ in range(n):
+            with torch.no_grad(), autocast(args):
+                logits = model(tokens)[0][:, -1]
+            tokens = torch.cat((tokens, sample(logits, top_k=50)[:, None]), dim=1)
+        return tokens
+
+    if how == "transformers":
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        model = GPT2LMHeadModel(GPT2Config()).eval().to(args.device, dtype)
+        options = dict(do_sample=True, top_k=50, pad_token_id=END_OF_TEXT)
+        write = lambda n: model.generate(idx, max_new_tokens=n, min_new_tokens=n, **options)  # noqa: E731
+    else:
+        model = GPT(GPTConfig()).eval().to(args.device)
+        write = loop
+        if how == "ours":
+            keep_pages()
+            model.to(args.dtype)
+            write = lambda n: model.generate(idx, n, top_k=50)  # noqa: E731
+    write(8)  # warm up
+    started = time.perf_counter()
+    write(64)[0, -1].item()
+    return 4 * 64 / (time.perf_counter() - started)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -75,15 +235,10 @@ def prepare_plainly(args: argparse.Namespace) -> float:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# HellaSwag: examples per second in bfloat16, for random weights of GPT-2 124M's shape, tokenized beforehand
+# HellaSwag: examples per second of GPT-2 124M, tokenized beforehand
 
 
 def exam(args: argparse.Namespace, plainly: bool) -> float:
-    import torch
-    from torch.nn import functional as F
-
-    from model import GPT, GPTConfig, keep_pages
-
     examples = hellaswag.read_examples(args.data, hellaswag.render_nanogpt)[::100]
     torch.manual_seed(0)
     model = GPT(GPTConfig()).eval().to(args.device)
@@ -93,7 +248,7 @@ def exam(args: argparse.Namespace, plainly: bool) -> float:
         for e in examples:
             rows = [torch.tensor(e.context + ending) for ending in e.endings]
             tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(args.device)
-            with torch.no_grad(), torch.autocast(tokens.device.type, torch.bfloat16):
+            with torch.no_grad(), autocast(args):
                 logits = model(tokens)[0][:, :-1]
             loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(4, -1)
             sums = [loss[i, len(e.context) - 1 : len(row) - 1].sum() for i, row in enumerate(rows)]
@@ -108,11 +263,23 @@ def exam(args: argparse.Namespace, plainly: bool) -> float:
     if plainly:
         return measure(one_at_a_time)
     keep_pages()  # as the script does
-    model.bfloat16()
+    model.to(args.dtype)
     return measure(lambda examples: hellaswag.score(model, examples, 1024))
 
 
 BENCHMARKS = {
+    "small": ("tokens/s", training("small")),
+    "124M": ("tokens/s", training("124M")),
+    "memory": ("GB", {k: v for k, v in training("memory").items() if k != CEILING}),
+    "generate": (
+        "tokens/s",
+        {
+            "GPT.generate": partial(generate, how="ours"),
+            "transformers.generate, float32": partial(generate, how="transformers", dtype=torch.float32),
+            "transformers.generate, bfloat16": partial(generate, how="transformers", dtype=torch.bfloat16),
+            "without a cache": partial(generate, how="loop"),
+        },
+    ),
     "fineweb": (
         "tokens/s",
         {
@@ -133,37 +300,71 @@ BENCHMARKS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], help=f"which: {', '.join(BENCHMARKS)} (all)")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each variant (5)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(BENCHMARKS)} (default: all)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each variant (default: %(default)s)")
     parser.add_argument("--files", nargs="+", default=[], help="parquet files for fineweb, with a column text")
-    parser.add_argument("--data", type=Path, default=hellaswag.FILE, help="the HellaSwag file (%(default)s)")
-    parser.add_argument("--device", default="cpu", help="where to compute (cpu)")
+    parser.add_argument("--data", type=Path, help="the HellaSwag file (default: as hellaswag.py finds it)")
+    parser.add_argument("--peer", type=Path, metavar="DIR", help="a checkout of karpathy/build-nanogpt to measure, too")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--variant", help=argparse.SUPPRESS)  # a child: run this one once, and print its figure
     args = parser.parse_args()
+    names = args.names or [name for name in BENCHMARKS if args.files or name != "fineweb"]
+    if unknown := set(names) - set(BENCHMARKS):
+        parser.error(f"{', '.join(unknown)}: there is no such benchmark; there are {', '.join(BENCHMARKS)}")
+    if "fineweb" in names and not args.files:
+        parser.error("fineweb: needs documents, --files")
+    if args.peer and not (args.peer / "train_gpt2.py").exists():
+        parser.error(f"--peer {args.peer}: there is no train_gpt2.py in it")
+    args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    args.dtype = getattr(torch, train_gpt2.choose_dtype("auto", args.device))
     if args.variant:
-        print("figure", BENCHMARKS[args.names[0]][1][args.variant](args))
+        torch.manual_seed(0)
+        print("figure", BENCHMARKS[names[0]][1][args.variant](args))
         return
+    if "hellaswag" in names and not args.data:
+        try:
+            args.data = hellaswag.find_file()
+        except hellaswag.HellaSwagError as e:
+            parser.error(f"hellaswag: {e}, or name one with --data")
+    print(f"{args.device}, {torch.get_num_threads()} threads, {args.dtype}, torch {torch.__version__}")
     figures = {}
-    for name in args.names or BENCHMARKS:
+    for name in names:
         unit, variants = BENCHMARKS[name]
-        runs: dict[str, list[float]] = {variant: [] for variant in variants}
-        for _ in range(args.repeats):
+        runs: dict[str, list[float]] = {v: [] for v in variants if args.peer or v != "build-nanogpt"}
+        for i in range(args.repeats):
             for variant, values in runs.items():
-                line = [sys.executable, __file__, name, *sys.argv[1:], "--variant", variant]
-                done = subprocess.run(line, capture_output=True, text=True)
+                show(f"{name} {i + 1}/{args.repeats}: {variant} …")
+                options = dict(variant=[variant], device=[args.device.type], files=args.files)
+                options |= dict(data=[args.data], peer=[args.peer])
+                line = [[f"--{key}", *map(str, value)] for key, value in options.items() if any(value)]
+                done = subprocess.run([sys.executable, __file__, name, *sum(line, [])], capture_output=True, text=True)
                 if done.returncode:
                     sys.exit(f"bench.py: {name}, {variant}: {done.stderr.strip()}")
                 values.append(float(done.stdout.split("figure ")[-1]))
-        plain = [*runs.values()][-1]
-        print(f"\n{name} ({unit})")
-        for variant, values in runs.items():
-            ratios = [value / base for value, base in zip(values, plain, strict=True)]
-            spread = f"{min(values):,.4g} to {max(values):,.4g}"
-            print(f"  {variant:32} {median(values):14,.4g}   ({spread})   × {median(ratios):.2f}")
+        show("")
+        report(name, unit, runs)
         figures[name] = dict(unit=unit, runs=runs)
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        about = dict(device=str(args.device), dtype=str(args.dtype), torch=torch.__version__)
+        args.json.write_text(json.dumps(about | figures, indent=1) + "\n")
+
+
+def show(line: str) -> None:
+    """What is being measured, on a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+
+def report(name: str, unit: str, runs: dict[str, list[float]]) -> None:
+    """Print a benchmark's table."""
+    print(f"\n{name} ({unit})")
+    plain = [*runs.values()][-1]
+    for variant, values in runs.items():
+        ratio = median(value / base for value, base in zip(values, plain, strict=True))
+        spread = f"{min(values):,.4g} to {max(values):,.4g}"
+        share = f", {median(values) / median(runs[CEILING]):.0%} of the matrix rate" if CEILING in runs else ""
+        print(f"  {variant:34} {median(values):12,.4g}   ({spread})   × {ratio:.2f}{share}")
 
 
 if __name__ == "__main__":

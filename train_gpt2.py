@@ -942,6 +942,16 @@ def build(
     return model, optimizer, scaler
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes of the device's memory that this process has held, or None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # Linux
+    if device.type != "cpu" or not status.exists():
+        return None
+    return int(dict(line.split(":\t") for line in status.read_text().splitlines())["VmHWM"].split()[0]) * 1024
+
+
 def forecast(
     seconds: float, first_step: int, eval_rows: int, config: TrainConfig, model: GPT, ranks: Ranks
 ) -> list[str]:
@@ -953,17 +963,10 @@ def forecast(
     evaluation = seconds / 3 * eval_tokens / config.total_batch_size  # forward alone is a third of the work
     total = timedelta(seconds=round(seconds * (config.max_steps - first_step) + evaluations * evaluation))
     save = 12 * model.num_parameters()  # weights and Adam's moments, in bytes
-    status = Path("/proc/self/status")
-    if ranks.device.type == "cuda":
-        memory = f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB of each GPU's"
-    elif status.exists():
-        peak = int(dict(line.split(":\t") for line in status.read_text().splitlines())["VmHWM"].split()[0]) * 1024
-        memory = f"{peak / 1e9:.2f} GB a rank"
-    else:
-        memory = "n/a here"
+    peak = peak_memory(ranks.device)
     return [
         f"time     {total}: {seconds:.3g} s a step, {evaluation:.3g} s an evaluation, exams and samples not counted",
-        f"memory   {memory}, at the peak",
+        f"memory   {f'{peak / 1e9:.2f} GB a rank, at the peak' if peak else 'n/a here'}",
         f"disk     {(config.keep + 2) * save / 1e9:.2f} GB for {config.keep} saves, the best, and one being written",
         "this was a dry run: nothing is written",
     ]
