@@ -722,7 +722,8 @@ def draw_samples(model: GPT, device: torch.device) -> list[str]:
 
 
 class Signals:
-    """SIGTERM and SIGINT ask the run to finish its step, save and stop; a second one ends it at once."""
+    """SIGTERM and SIGINT ask the run to finish its step, save and stop; a second one ends it at once, if it comes more
+    than a second later: what is sent to every process of a job reaches a rank twice, directly and from torchrun."""
 
     numbers = (signal.SIGTERM, signal.SIGINT)
 
@@ -733,7 +734,10 @@ class Signals:
 
     def receive(self, number: int, frame) -> None:
         if any(self.received[:2]):
-            os._exit(128 + number)
+            if time.monotonic() > self.first + 1:
+                os._exit(128 + number)
+            return
+        self.first = time.monotonic()
         self.received[self.numbers.index(number)] = 1.0
         os.write(2, b"\nfinishing the step, then saving; a second signal stops at once\n")
 

@@ -242,7 +242,7 @@ def test_stopped_by_a_signal(tmp_path, text, undisturbed, number, status, step):
 
 
 def test_a_second_signal_stops_at_once(tmp_path, text):
-    fault = "if calls > 13: os.kill(os.getpid(), signal.SIGTERM); time.sleep(1)\nif calls > 14: raise AssertionError"
+    fault = "if calls > 13: os.kill(os.getpid(), signal.SIGTERM); time.sleep(2)\nif calls > 14: raise AssertionError"
     log = tmp_path / "log"
     flags = *RUN, "--data", text, "--log_dir", log, "--micro_batch_size", 1
     run(with_fault(tmp_path, fault), *flags, status=143)
@@ -263,6 +263,20 @@ def test_two_ranks_stop_together_for_a_signal_to_one(tmp_path, text):
     run("train_gpt2.py", *flags, "--log_dir", log, "--resume", ranks=2)
     assert read_log(log) == read_log(whole) and read_log(log, "val") == read_log(whole, "val")
     assert weights(log) == weights(whole)
+
+
+def test_a_signal_to_every_process_of_a_job(tmp_path, text):
+    """As systemd sends it, and Slurm with SignalChildrenProcesses: each rank has it twice, directly and from torchrun's
+    agent, and stops as for one."""
+    log = tmp_path / "log"
+    script = with_fault(tmp_path, "if calls > 12: time.sleep(0.5)")
+    line = command(script, *RUN, "--data", text, "--log_dir", log, "--micro_batch_size", 1, ranks=2)
+    agent = subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_step(log, 12, agent)
+    for pid in [*ranks_of(agent), agent.pid]:
+        os.kill(pid, signal.SIGTERM)
+    output = agent.communicate(timeout=60)[0]
+    assert "stopped by SIGTERM" in output and max(checkpoint.saves(log)) == max(read_log(log)) + 1, output
 
 
 def start_pair(log: Path, text: Path, port: int) -> list[subprocess.Popen]:
