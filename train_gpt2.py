@@ -88,7 +88,9 @@ class TrainConfig:
     """The options of a run. None stands for what is worked out when the run starts, as the help says."""
 
     preset: str | None = option(
-        None, "size and recipe to start from (default: by device and data)", choices=(*PRESETS,)
+        None,
+        "size and recipe to start from, listed below (default: tiny on a CPU, small on a GPU, gpt2 on one with shards)",
+        choices=(*PRESETS,),
     )
     n_layer: int = option(12, "layers", low=1)
     n_head: int = option(12, "attention heads per layer", low=1)
@@ -99,8 +101,12 @@ class TrainConfig:
         "directory of token shards, or a UTF-8 text file (default: edu_fineweb10B/ if it is there, else input.txt)",
     )
     log_dir: str = option("log", "directory of this run's log and saves")
-    init_from: str | None = option(None, "fine-tune this model: a directory, or a name on the Hugging Face hub")
-    resume: str | None = option(None, "go on from a save: that directory, or alone the newest in log_dir")
+    init_from: str | None = option(
+        None,
+        "fine-tune this model: a directory, or a name on the Hugging Face hub (its shape and seq_len are then the "
+        "defaults, and a constant learning rate of 3e-5)",
+    )
+    resume: str | None = option(None, "go on from a save: the one in DIR, or without it the newest in log_dir")
     max_steps: int | None = option(
         None, "optimizer steps; 0 only evaluates (default: 19,073, or one epoch of shards under 9.5B tokens)"
     )
@@ -114,20 +120,36 @@ class TrainConfig:
     warmup_steps: int | None = option(None, "steps of linear warm-up (default: 715, at most max_steps / 10)")
     weight_decay: float = option(0.1, "decay of matrices and embeddings")
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 for no limit")
-    dropout: float = option(0.0, "in embedding, attention and residual", high=0.99)
+    dropout: float = option(0.0, "its probability, in embedding, attention and residual", high=0.99)
     seed: int = option(1337, "of weights, order of rows, dropout", high=2**31)
-    device: str = option("auto", "where to compute; not taken from a save", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = option("auto", "precision of matrix products", choices=("auto", "float32", "bfloat16", "float16"))
+    device: str = option(
+        "auto", "where to compute: auto takes cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps")
+    )
+    dtype: str = option(
+        "auto",
+        "precision of matrix products: auto takes bfloat16 where the hardware has it, else float16 on cuda or float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
     compile: str = option("auto", "torch.compile: auto where it can work and pays", choices=("auto", "on", "off"))
     eval_every: int = option(250, "steps between evaluations on the validation tokens; 0 for none")
     eval_tokens: int = option(10485760, "validation tokens per evaluation, however many ranks", low=1)
-    hellaswag_every: int = option(250, "steps between HellaSwag exams; 0 for none")
+    hellaswag_every: int = option(250, "steps between HellaSwag exams, which are downloaded once; 0 for none")
     sample_every: int = option(250, "steps between samples; 0 for none")
     save_every: int = option(1000, "steps between saves; 0 for one at the end")
     keep: int = option(2, "newest saves to keep, besides the best by validation loss", low=1)
     dist_timeout: float = option(600.0, "seconds until a rank that waits for another gives up", low=1)
     dry_run: bool = option(False, "take four steps, say what the run would take, and write nothing")
 
+
+EPILOG = """
+The defaults above are the published recipe of GPT-2 124M. A preset lays these over them, and your flags go over both:
+{presets}
+
+Ctrl-C or SIGTERM: the step is finished, saved, and the run ends, to go on with --resume; a second one ends it at once.
+Exit status: 0 done, 2 wrong flags or data, 3 loss not finite, 4 disk or network, 130 Ctrl-C, 143 SIGTERM, 1 else.
+
+The full reproduction: {full_run}
+"""
 
 # What may not change when a run is resumed: with any of these changed it would be another run.
 FIXED = (
@@ -141,7 +163,7 @@ def parse_flags(argv: list[str] | None) -> dict:
     presets = "\n".join(f"  {name:12}" + " ".join(f"{k}={v}" for k, v in p.items()) for name, p in PRESETS.items())
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog=f"presets, laid under your flags:\n{presets}\n\nthe full reproduction: {FULL_RUN}",
+        epilog=EPILOG.format(presets=presets, full_run=FULL_RUN),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -156,9 +178,8 @@ def parse_flags(argv: list[str] | None) -> dict:
             parser.add_argument("--resume", nargs="?", const="newest", metavar="DIR", help=text)
         else:
             choices = f.metadata["choices"] or None
-            parser.add_argument(
-                f"--{f.name}", type=kind, choices=choices, help=text, metavar=None if choices else kind.__name__.upper()
-            )
+            metavar = None if choices else "PATH" if kind is str else kind.__name__.upper()
+            parser.add_argument(f"--{f.name}", type=kind, choices=choices, help=text, metavar=metavar)
     try:
         namespace, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as e:
