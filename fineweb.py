@@ -6,7 +6,8 @@
     python fineweb.py --verify edu_fineweb10B              hash a directory against its manifest
 
 Each document is <|endoftext|> and then its tokens; all of them, end to end, are cut into shards of exactly shard_size
-tokens, the first for validation. Interrupted in any way, the same command goes on after the last whole shard.
+tokens, two bytes each (sample-10BT: 20 GB), the first shard for validation. Interrupted in any way, the same command
+goes on after the last whole shard.
 """
 
 import argparse
@@ -494,20 +495,33 @@ def verify(directory: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="HuggingFaceFW/fineweb-edu", help="on the Hugging Face hub (%(default)s)")
-    parser.add_argument("--name", help="its configuration (sample-10BT for FineWeb-Edu)")
-    parser.add_argument("--split", default="train", help="its part (%(default)s)")
-    parser.add_argument("--text_column", default="text", help="the column that holds the documents (%(default)s)")
     parser.add_argument(
-        "--files", nargs="+", metavar="FILE", help="local .parquet, .jsonl, .txt, also .gz and .zst; globs"
+        "--dataset", default="HuggingFaceFW/fineweb-edu", help="on the Hugging Face hub (default: %(default)s)"
+    )
+    parser.add_argument("--name", help="its configuration (default: sample-10BT for FineWeb-Edu, else its only one)")
+    parser.add_argument("--split", default="train", help="its part (default: %(default)s)")
+    parser.add_argument(
+        "--text_column",
+        default="text",
+        help="the column, or the field of .jsonl, with the documents (default: %(default)s)",
     )
     parser.add_argument(
-        "--out_dir", type=Path, default=ROOT / "edu_fineweb10B", help="where the shards go (%(default)s)"
+        "--files",
+        nargs="+",
+        metavar="FILE",
+        help="local files instead, or patterns of them: .parquet, .jsonl, or .txt, a document each; also .gz and .zst",
     )
-    parser.add_argument("--shard_size", type=int, default=100_000_000, help="tokens per shard (%(default)s)")
-    parser.add_argument("--num_proc", type=int, default=os.cpu_count(), help="encoder threads (%(default)s)")
-    parser.add_argument("--limit_tokens", type=int, help="stop after so many tokens")
-    parser.add_argument("--pretokenized", metavar="N", help=f"download the first N shards of {PRETOKENIZED}, or all")
+    parser.add_argument(
+        "--out_dir", type=Path, default=ROOT / "edu_fineweb10B", help="where the shards go (default: %(default)s)"
+    )
+    parser.add_argument("--shard_size", type=int, default=100_000_000, help="tokens per shard (default: %(default)s)")
+    parser.add_argument(
+        "--num_proc", type=int, default=os.cpu_count(), help="encoder threads (default: all cores, %(default)s)"
+    )
+    parser.add_argument("--limit_tokens", type=int, help="stop after so many tokens (default: at the end)")
+    parser.add_argument(
+        "--pretokenized", metavar="N", help=f"download the first N training shards of {PRETOKENIZED}, or all"
+    )
     parser.add_argument("--verify", type=Path, metavar="DIR", help="hash a directory against its manifest, and no more")
     parser.error = lambda message: parser.exit(2, f"fineweb.py: error: {message}; see --help\n")
     args = parser.parse_args(argv)

@@ -267,12 +267,19 @@ PUBLISHED = {  # per cent
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-m", "--model_type", default="gpt2", help="name on the Hugging Face hub, or a directory")
-    parser.add_argument("-d", "--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    parser.add_argument(
+        "-m", "--model_type", default="gpt2", help="name on the Hugging Face hub, or a directory (default: %(default)s)"
+    )
+    parser.add_argument("-d", "--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: %(default)s)")
     parser.add_argument("--data", type=Path, help="a HellaSwag file (default: download the validation set once)")
-    parser.add_argument("--limit", type=int, help="only the first so many records")
+    parser.add_argument("--limit", type=int, help="only the first so many records (default: all)")
     parser.add_argument("--batch_tokens", type=int, help="tokens computed at once (default: 1,024; 65,536 on CUDA)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the weights; a few near ties fall otherwise in 16 bit (default: %(default)s)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     parser.add_argument(
         "--save_predictions", type=Path, metavar="FILE", help="write each record's choices there, as CSV"

@@ -1,4 +1,4 @@
-"""Draw what runs have logged.
+"""Draw what runs have logged: loss by tokens and by time, learning rate, gradient norm and, if examined, HellaSwag.
 
 python plot.py                 log/ as log/curves.png, as each run does at its end
 python plot.py log/a log/b     several runs in one picture, curves.png
@@ -135,9 +135,14 @@ def mark(panel, levels: dict[str, float]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("log_dirs", nargs="*", type=Path, default=[Path("log")], metavar="DIR", help="runs (log)")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the picture (curves.png, for one run in its directory)"
+        "log_dirs", nargs="*", type=Path, default=[Path("log")], metavar="DIR", help="log directories (default: log)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the picture, a PNG (default: curves.png, for one run in its directory)",
     )
     parser.error = lambda message: parser.exit(2, f"plot.py: error: {message}; see --help\n")
     args = parser.parse_args(argv)

@@ -92,22 +92,35 @@ def converse(model: GPT, args: argparse.Namespace, generator: torch.Generator) -
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """The flags, each checked. Raises SampleError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", metavar="DIR_OR_NAME", help="a directory, or a name on the hub (the newest in log/)")
-    parser.add_argument("--prompt", help="what to continue; it is printed, too")
-    parser.add_argument("--prompt_file", type=Path, metavar="FILE", help="a UTF-8 file with it")
-    parser.add_argument("--num_samples", type=int, default=1, help="how many continuations (%(default)s)")
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="the longest continuation (%(default)s)")
+    parser.add_argument(
+        "--model", metavar="DIR_OR_NAME", help="a directory, or a name on the hub (default: the newest in log/)"
+    )
+    parser.add_argument(
+        "--prompt", help="the text to continue, which is printed, too (default: ask, or standard input)"
+    )
+    parser.add_argument("--prompt_file", type=Path, metavar="FILE", help="a UTF-8 file to continue")
+    parser.add_argument("--num_samples", type=int, default=1, help="how many continuations (default: %(default)s)")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=200, help="the longest continuation, in tokens (default: %(default)s)"
+    )
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.8,
-        help="0 takes the likeliest token, 1 the model's own odds (%(default)s)",
+        help="0 takes the likeliest token, 1 the model's own odds (default: %(default)s)",
     )
-    parser.add_argument("--top_k", type=int, default=50, help="only the so many likeliest; 0 for all (%(default)s)")
-    parser.add_argument("--top_p", type=float, help="only the likeliest that together have this probability")
-    parser.add_argument("--seed", type=int, default=1337, help="of the random numbers (%(default)s)")
+    parser.add_argument(
+        "--top_k",
+        type=int,
+        default=50,
+        help="draw from the so many likeliest tokens only; 0 for all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top_p", type=float, help="and from the fewest that together have this probability (default: 1)"
+    )
+    parser.add_argument("--seed", type=int, default=1337, help="of the random numbers (default: %(default)s)")
     parser.add_argument("--stop", help="end before this string; <|endoftext|> ends in any case")
-    parser.add_argument("--device", help="cpu, cuda, mps (the best there is)")
+    parser.add_argument("--device", help="cpu, cuda, mps (default: the fastest there is)")
     parser.error = lambda message: parser.exit(2, f"sample.py: error: {message}; see --help\n")
     args = parser.parse_args(argv)
     bounds = dict(num_samples=1, max_new_tokens=1, temperature=0, top_k=0, top_p=1e-6, seed=0)
