@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from muon import Muon
+
 GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, <|endoftext|>
 
 # The four published sizes: 124M, 350M, 774M and 1558M parameters.
@@ -359,13 +361,27 @@ class GPT(nn.Module):
                 module.p = dropout
 
     def configure_optimizers(
-        self, weight_decay: float, learning_rate: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8
+        self,
+        weight_decay: float,
+        learning_rate: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        muon: dict | None = None,
     ) -> torch.optim.AdamW:
-        """AdamW (Loshchilov & Hutter, 2019); matrices and embeddings decay, biases and gains do not."""
+        """AdamW (Loshchilov & Hutter, 2019); matrices and embeddings decay, biases and gains do not. With muon, which
+        holds its `ratio` and `dtype` (muon.py), the matrices of the blocks are Muon's: c_attn's are three."""
         decay = [p for p in self.parameters() if p.dim() >= 2]
         no_decay = [p for p in self.parameters() if p.dim() < 2]
         groups = [dict(params=decay, weight_decay=weight_decay), dict(params=no_decay, weight_decay=0.0)]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
+        options = dict(lr=learning_rate, betas=betas, eps=eps, fused=True)
+        if muon is None:
+            return torch.optim.AdamW(groups, **options)
+        groups[0]["params"] = [self.transformer.wte.weight, self.transformer.wpe.weight]
+        for parts in 3, 1:
+            names = ("attn.c_attn",) if parts == 3 else ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+            matrices = [block.get_submodule(name).weight for block in self.transformer.h for name in names]
+            groups.append(dict(params=matrices, weight_decay=weight_decay, parts=parts, ratio=muon["ratio"]))
+        return Muon(groups, muon["dtype"], **options)
 
     def num_parameters(self) -> int:
         """How many weights there are, the padded rows not counted."""

@@ -62,6 +62,15 @@ class RunError(Exception):
 # --------------------------------------------------------------------------------------------------------------------
 # Options
 
+SMALL = dict(
+    n_layer=6, n_head=6, n_embd=384, seq_len=256, total_batch_size=8192,
+    max_steps=200, max_lr=1.5e-3, min_lr=0.0, warmup_steps=40,
+    eval_every=50, eval_tokens=32768, hellaswag_every=0, sample_every=50, save_every=100,
+)  # fmt: skip
+
+# The same network in half the tokens: this optimizer and schedule, and of a recipe half the steps.
+FAST = dict(optimizer="muon", muon_ratio=1.0, schedule="wsd", decay_share=0.4, min_lr=0.0)
+
 # Laid over the defaults of TrainConfig, which are the published recipe of GPT-2 124M, and under the user's flags.
 PRESETS = {
     "tiny": dict(
@@ -69,12 +78,10 @@ PRESETS = {
         max_steps=550, max_lr=2e-3, min_lr=0.0, warmup_steps=100,
         eval_every=110, eval_tokens=32768, hellaswag_every=0, sample_every=110, save_every=110,
     ),
-    "small": dict(
-        n_layer=6, n_head=6, n_embd=384, seq_len=256, total_batch_size=8192,
-        max_steps=200, max_lr=1.5e-3, min_lr=0.0, warmup_steps=40,
-        eval_every=50, eval_tokens=32768, hellaswag_every=0, sample_every=50, save_every=100,
-    ),
+    "small": SMALL,
+    "small-fast": SMALL | FAST | dict(max_steps=100, max_lr=1.5e-3, warmup_steps=10),
     **SIZES,
+    "gpt2-fast": SIZES["gpt2"] | FAST | dict(max_steps=9500, max_lr=1.2e-3, warmup_steps=250),
 }  # fmt: skip
 
 
@@ -116,8 +123,12 @@ class TrainConfig:
     )
     seq_len: int = option(1024, "tokens per row, the model's context", low=1)
     max_lr: float = option(6e-4, "learning rate after warm-up")
-    min_lr: float | None = option(None, "learning rate at the end of the cosine (default: max_lr / 10)")
+    min_lr: float | None = option(None, "learning rate at the end (default: max_lr / 10)")
+    schedule: str = option("cosine", "how the rate goes down: from warm-up on, or late", choices=("cosine", "wsd"))
+    decay_share: float = option(0.4, "share of the steps in which wsd goes down, in a line", high=1)
     warmup_steps: int | None = option(None, "steps of linear warm-up (default: 715, at most max_steps / 10)")
+    optimizer: str = option("adamw", "muon: for the matrices of the blocks", choices=("adamw", "muon"))
+    muon_ratio: float = option(1.0, "learning rate of muon's matrices, in multiples of the others'")
     weight_decay: float = option(0.1, "decay of matrices and embeddings")
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 for no limit")
     dropout: float = option(0.0, "its probability, in embedding, attention and residual", high=0.99)
@@ -153,8 +164,8 @@ The full reproduction: {full_run}
 
 # What may not change when a run is resumed: with any of these changed it would be another run.
 FIXED = (
-    "n_layer n_head n_embd bias init_from max_steps total_batch_size seq_len max_lr min_lr warmup_steps weight_decay "
-    "grad_clip dropout seed"
+    "n_layer n_head n_embd bias init_from max_steps total_batch_size seq_len max_lr min_lr schedule decay_share "
+    "warmup_steps optimizer muon_ratio weight_decay grad_clip dropout seed"
 ).split()
 
 
@@ -515,7 +526,7 @@ def rows_that_fit(config: TrainConfig, ranks: Ranks) -> int:
 
 def changes(config: TrainConfig, data: Data, ranks: Ranks, directory: Path, record: dict) -> str:
     """What is otherwise than when the run was saved, and may be. Raises RunError if it would be another run."""
-    old = record["config"] | dict(ranks=record["ranks"])
+    old = asdict(TrainConfig()) | record["config"] | dict(ranks=record["ranks"])
     new = asdict(config) | dict(ranks=ranks.size)
     lines = {k: f"{k} {old.get(k)} → {new[k]}" for k in new if old.get(k) != new[k] and k != "resume"}
     fixed = [line for name, line in lines.items() if name in FIXED]
@@ -644,11 +655,15 @@ def prepare(
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up to max_lr, then a cosine down to min_lr at max_steps (GPT-3: Brown et al., 2020, appendix B)."""
+    """Linear warm-up to max_lr, then down to min_lr at max_steps: in a cosine (GPT-3: Brown et al., 2020, appendix B);
+    or, wsd, in a line over the last steps alone (warm-up, stable, decay: Hägele et al., 2024, section 3)."""
     if step < config.warmup_steps:
         return config.max_lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.max_lr - config.min_lr)
+    stable = (1 - config.decay_share) * config.max_steps if config.schedule == "wsd" else 0
+    start = max(config.warmup_steps, stable)
+    progress = max(0.0, (step - start) / max(1, config.max_steps - start))
+    height = 1 - progress if config.schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + height * (config.max_lr - config.min_lr)
 
 
 def dropout_seed(config: TrainConfig, step: int, micro_batch: int) -> int:
@@ -951,7 +966,9 @@ def build(
     model, state = ranks.each(lambda: if_it_fits(read, "the model") if ranks.rank == 0 else (None, None))
     shape = ranks.first(lambda: model.config)
     model = ranks.each(lambda: if_it_fits(place, "the model"))
-    optimizer = model.configure_optimizers(config.weight_decay, config.max_lr)
+    muon = dict(ratio=config.muon_ratio, dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32)
+    muon = muon if config.optimizer == "muon" else None
+    optimizer = model.configure_optimizers(config.weight_decay, config.max_lr, muon=muon)
     scaler = torch.amp.GradScaler(config.device, enabled=config.dtype == "float16")
     if resumed is not None:
         layout = ranks.first(lambda: tree_map_only(torch.Tensor, lambda t: t.to("meta"), state))
