@@ -366,22 +366,22 @@ class GPT(nn.Module):
         learning_rate: float,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
-        muon: dict | None = None,
+        muon_ratio: float | None = None,
+        muon_dtype: torch.dtype = torch.float32,
     ) -> torch.optim.AdamW:
-        """AdamW (Loshchilov & Hutter, 2019); matrices and embeddings decay, biases and gains do not. With muon, which
-        holds its `ratio` and `dtype` (muon.py), the matrices of the blocks are Muon's: c_attn's are three."""
-        decay = [p for p in self.parameters() if p.dim() >= 2]
-        no_decay = [p for p in self.parameters() if p.dim() < 2]
-        groups = [dict(params=decay, weight_decay=weight_decay), dict(params=no_decay, weight_decay=0.0)]
+        """AdamW (Loshchilov & Hutter, 2019); matrices and embeddings decay, biases and gains do not. With a muon_ratio
+        the blocks' matrices are Muon's, at that multiple of the learning rate; query, key and value are three."""
         options = dict(lr=learning_rate, betas=betas, eps=eps, fused=True)
-        if muon is None:
-            return torch.optim.AdamW(groups, **options)
-        groups[0]["params"] = [self.transformer.wte.weight, self.transformer.wpe.weight]
-        for parts in 3, 1:
-            names = ("attn.c_attn",) if parts == 3 else ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-            matrices = [block.get_submodule(name).weight for block in self.transformer.h for name in names]
-            groups.append(dict(params=matrices, weight_decay=weight_decay, parts=parts, ratio=muon["ratio"]))
-        return Muon(groups, muon["dtype"], **options)
+        no_decay = dict(params=[p for p in self.parameters() if p.dim() < 2], weight_decay=0.0)
+        if muon_ratio is None:
+            decay = dict(params=[p for p in self.parameters() if p.dim() >= 2], weight_decay=weight_decay)
+            return torch.optim.AdamW([decay, no_decay], **options)
+        blocks = self.transformer.h
+        embeddings = dict(params=[self.transformer.wte.weight, self.transformer.wpe.weight])
+        qkv = dict(params=[block.attn.c_attn.weight for block in blocks], ratio=muon_ratio, parts=3)
+        others = [layer.weight for b in blocks for layer in (b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
+        others = dict(params=others, ratio=muon_ratio, parts=1)
+        return Muon([embeddings, no_decay, qkv, others], muon_dtype, weight_decay=weight_decay, **options)
 
     def num_parameters(self) -> int:
         """How many weights there are, the padded rows not counted."""

@@ -68,7 +68,7 @@ SMALL = dict(
     eval_every=50, eval_tokens=32768, hellaswag_every=0, sample_every=50, save_every=100,
 )  # fmt: skip
 
-# The same network in half the tokens: this optimizer and schedule, and of a recipe half the steps.
+# What leads the same network to the same loss in half the steps; the README has the measurements.
 FAST = dict(optimizer="muon", muon_ratio=1.0, schedule="wsd", decay_share=0.4, min_lr=0.0)
 
 # Laid over the defaults of TrainConfig, which are the published recipe of GPT-2 124M, and under the user's flags.
@@ -124,11 +124,11 @@ class TrainConfig:
     seq_len: int = option(1024, "tokens per row, the model's context", low=1)
     max_lr: float = option(6e-4, "learning rate after warm-up")
     min_lr: float | None = option(None, "learning rate at the end (default: max_lr / 10)")
-    schedule: str = option("cosine", "how the rate goes down: from warm-up on, or late", choices=("cosine", "wsd"))
-    decay_share: float = option(0.4, "share of the steps in which wsd goes down, in a line", high=1)
+    schedule: str = option("cosine", "the learning rate's way down, from warm-up on or late", choices=("cosine", "wsd"))
+    decay_share: float = option(0.4, "share of the steps, the last, in which wsd goes down", high=1)
     warmup_steps: int | None = option(None, "steps of linear warm-up (default: 715, at most max_steps / 10)")
-    optimizer: str = option("adamw", "muon: for the matrices of the blocks", choices=("adamw", "muon"))
-    muon_ratio: float = option(1.0, "learning rate of muon's matrices, in multiples of the others'")
+    optimizer: str = option("adamw", "muon: for the blocks' matrices, adamw for the rest", choices=("adamw", "muon"))
+    muon_ratio: float = option(1.0, "learning rate of muon's matrices, as a multiple of the rest's")
     weight_decay: float = option(0.1, "decay of matrices and embeddings")
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 for no limit")
     dropout: float = option(0.0, "its probability, in embedding, attention and residual", high=0.99)
@@ -655,14 +655,15 @@ def prepare(
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up to max_lr, then down to min_lr at max_steps: in a cosine (GPT-3: Brown et al., 2020, appendix B);
-    or, wsd, in a line over the last steps alone (warm-up, stable, decay: Hägele et al., 2024, section 3)."""
+    """Linear warm-up to max_lr, then down to min_lr at max_steps: along a cosine (GPT-3: Brown et al., 2020, appendix
+    B), or with wsd (warm-up, stable, decay) in a line over the last steps alone (Hägele et al., 2024, section 3)."""
     if step < config.warmup_steps:
         return config.max_lr * (step + 1) / config.warmup_steps
-    stable = (1 - config.decay_share) * config.max_steps if config.schedule == "wsd" else 0
-    start = max(config.warmup_steps, stable)
-    progress = max(0.0, (step - start) / max(1, config.max_steps - start))
-    height = 1 - progress if config.schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * progress))
+    falling = max(1, config.max_steps - config.warmup_steps)
+    if config.schedule == "wsd":
+        height = min(1, (config.max_steps - step) / min(falling, max(1, config.decay_share * config.max_steps)))
+    else:
+        height = 0.5 * (1 + math.cos(math.pi * (step - config.warmup_steps) / falling))
     return config.min_lr + height * (config.max_lr - config.min_lr)
 
 
@@ -966,9 +967,12 @@ def build(
     model, state = ranks.each(lambda: if_it_fits(read, "the model") if ranks.rank == 0 else (None, None))
     shape = ranks.first(lambda: model.config)
     model = ranks.each(lambda: if_it_fits(place, "the model"))
-    muon = dict(ratio=config.muon_ratio, dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32)
-    muon = muon if config.optimizer == "muon" else None
-    optimizer = model.configure_optimizers(config.weight_decay, config.max_lr, muon=muon)
+    optimizer = model.configure_optimizers(
+        config.weight_decay,
+        config.max_lr,
+        muon_ratio=config.muon_ratio if config.optimizer == "muon" else None,
+        muon_dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32,
+    )
     scaler = torch.amp.GradScaler(config.device, enabled=config.dtype == "float16")
     if resumed is not None:
         layout = ranks.first(lambda: tree_map_only(torch.Tensor, lambda t: t.to("meta"), state))
@@ -995,7 +999,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def forecast(
-    seconds: float, first_step: int, eval_rows: int, config: TrainConfig, model: GPT, ranks: Ranks
+    seconds: float, first_step: int, eval_rows: int, config: TrainConfig, optimizer: torch.optim.Optimizer, ranks: Ranks
 ) -> list[str]:
     """What a run would take from this step on, if a step takes so many seconds: time, memory, disk."""
     eval_tokens = min(config.eval_tokens, eval_rows * config.seq_len)
@@ -1004,7 +1008,8 @@ def forecast(
     )
     evaluation = seconds / 3 * eval_tokens / config.total_batch_size  # forward alone is a third of the work
     total = timedelta(seconds=round(seconds * (config.max_steps - first_step) + evaluations * evaluation))
-    save = 12 * model.num_parameters()  # weights and Adam's moments, in bytes
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    save = sum(t.nbytes for t in weights + [t for entry in optimizer.state.values() for t in entry.values()])
     peak = peak_memory(ranks.device)
     return [
         f"time     {total}: {seconds:.3g} s a step, {evaluation:.3g} s an evaluation, exams and samples not counted",
@@ -1110,7 +1115,7 @@ def train(given: dict, ranks: Ranks) -> int:
     try:
         if config.dry_run and tokens_left:
             seconds = sorted(take_step()[2] for _ in range(4))[1]  # the first is slow, the fastest may be luck
-            for line in forecast(seconds, step, val_loader.n_rows, config, raw_model, ranks):
+            for line in forecast(seconds, step, val_loader.n_rows, config, optimizer, ranks):
                 say(line)
             return 0
         while True:

@@ -99,6 +99,20 @@ def test_learning_rate():
     assert {learning_rate(step, constant) for step in range(10)} == {3e-5}
 
 
+@pytest.mark.parametrize(
+    "share, rates",
+    [
+        (0.0, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0.2]),
+        (1 / 3, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]),
+        (2 / 3, [0.25, 0.5, 0.75, 1, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]),
+        (1.0, [0.25, 0.5, 0.75, 1, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]),  # from the end of warm-up on
+    ],
+)
+def test_warm_up_stable_decay(share, rates):
+    config = TrainConfig(max_lr=1.0, min_lr=0.2, warmup_steps=4, max_steps=12, schedule="wsd", decay_share=share)
+    assert [learning_rate(step, config) for step in range(13)] == pytest.approx(rates)
+
+
 def test_dropout_is_seeded_differently_for_each_micro_batch():
     config = TrainConfig()
     seeds = {dropout_seed(config, step, m) for step in range(50) for m in range(50)}

@@ -34,14 +34,26 @@ def train(text, log_dir, *flags, **kwargs):
 # The recipe
 
 
-def test_a_run_equals_a_straightforward_loop_over_transformers(tmp_path, text):
+def cosine(step):
+    return 5e-4 + 0.5 * (1 + math.cos(math.pi * (step - 3) / 5)) * 1.5e-3
+
+
+def late(step):
+    return 5e-4 + min(1, (8 - step) / 4) * 1.5e-3
+
+
+@pytest.mark.parametrize(
+    "choice, after_warm_up", [("", cosine), ("--schedule wsd --decay_share 0.5 --optimizer muon --muon_ratio 3", late)]
+)
+def test_a_run_equals_a_straightforward_loop_over_transformers(tmp_path, text, monkeypatch, choice, after_warm_up):
     """The whole recipe (rows, accumulation, schedule, decay, clipping) against code that shares none of it."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # torch.optim.Muon rounds, which hides much
     torch.manual_seed(0)
     theirs = GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=32, n_layer=2, n_head=2, n_inner=128))
     theirs.save_pretrained(tmp_path / "start")
-    recipe = "--max_lr 2e-3 --min_lr 5e-4 --warmup_steps 3 --weight_decay 0.3 --grad_clip 0.7 --seed 5"
+    recipe = "--max_lr 2e-3 --min_lr 5e-4 --warmup_steps 3 --weight_decay 0.3 --grad_clip 0.7 --seed 5 " + choice
     flags = SMALL[SMALL.index("--total_batch_size") :] + recipe.split() + ["--micro_batch_size", "2"]
     paths = ["--data", text, "--init_from", tmp_path / "start", "--log_dir", tmp_path / "log"]
     run("train_gpt2.py", *flags, *paths)
@@ -49,10 +61,15 @@ def test_a_run_equals_a_straightforward_loop_over_transformers(tmp_path, text):
     content = text.read_text()
     ids = np.array(tokens.gpt2_encoding().encode_ordinary(content[: len(content) * 9 // 10]))
     n, T, R = (len(ids) - 1) // 32, 32, 8
-    decay = [p for p in theirs.parameters() if p.dim() > 1]
+    # For Muon the blocks' matrices, (in, out) here: query, key and value, beside each other in c_attn, are three.
+    matrices = {p: 3 if "c_attn" in name else 1 for name, p in theirs.transformer.h.named_parameters() if p.dim() > 1}
+    matrices = matrices if "muon" in choice else {}
+    parts = [torch.nn.Parameter(part) for p, n in matrices.items() for part in p.data.chunk(n, dim=1)]
+    decay = [p for p in theirs.parameters() if p.dim() > 1 and p not in matrices]
     rest = [p for p in theirs.parameters() if p.dim() == 1]
     groups = [dict(params=decay, weight_decay=0.3), dict(params=rest, weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=False)
+    muon = torch.optim.Muon(parts, momentum=0.95, weight_decay=0.3, adjust_lr_fn="match_rms_adamw") if parts else None
     theirs.eval()  # no dropout
     order = np.random.default_rng((5, 0)).permutation(n)
     expected = {}
@@ -62,11 +79,16 @@ def test_a_run_equals_a_straightforward_loop_over_transformers(tmp_path, text):
         loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.7).item()
-        lr = 2e-3 * (step + 1) / 3 if step < 3 else 5e-4 + 0.5 * (1 + math.cos(math.pi * (step - 3) / 5)) * 1.5e-3
+        lr = 2e-3 * (step + 1) / 3 if step < 3 else after_warm_up(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        optimizer.zero_grad()
+        if muon:
+            for part, grad in zip(parts, (g for p, n in matrices.items() for g in p.grad.chunk(n, dim=1)), strict=True):
+                part.grad = grad
+            muon.param_groups[0]["lr"] = 3 * lr
+            muon.step()
+        theirs.zero_grad()
         expected[step] = (loss.item(), norm, lr)
     for row in csv.DictReader(open(tmp_path / "log/steps.csv")):
         loss, norm, lr = expected[int(row["step"])]
