@@ -3,6 +3,7 @@
     python bench.py                                    everything but fineweb, which needs documents
     python bench.py small 124M                         training: tokens per second
     python bench.py memory generate hellaswag          GPT-2 124M: peak memory, writing, the exam
+    python bench.py optimizer                          what Muon adds to a step of small
     python bench.py fineweb --files 'books/*.parquet'  preparation, on documents of yours, ten times over
 
 Nothing else should run meanwhile. A benchmark's last variant is what the others are compared with. Both sides have
@@ -46,16 +47,19 @@ SHAPES = {  # a preset and its rows, and the same for the others
     "small": ("small", 8, GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384)),
     "124M": ("gpt2", 2, GPTConfig()),
     "memory": ("gpt2", 4, GPTConfig()),
+    "optimizer": ("small", 32, GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384)),
 }
 
 
-def train(args: argparse.Namespace, name: str, compiled: bool = True, kept_pages: bool = True) -> float:
+def train(
+    args: argparse.Namespace, name: str, compiled: bool = True, kept_pages: bool = True, optimizer: str = "adamw"
+) -> float:
     """train_gpt2.py itself: four steps of a dry run."""
     preset, B, shape = SHAPES[name]
     if not kept_pages:
         train_gpt2.keep_pages = lambda: None
     flags = dict(preset=preset, micro_batch_size=B, total_batch_size=B * shape.block_size, data=ROOT / "input.txt")
-    flags |= dict(device=args.device.type, compile="on" if compiled else "off")
+    flags |= dict(device=args.device.type, compile="on" if compiled else "off", optimizer=optimizer)
     with contextlib.redirect_stdout(io.StringIO()) as said:
         assert train_gpt2.main(["--dry_run", *(f"--{key}={value}" for key, value in flags.items())]) == 0
     if name == "memory":
@@ -294,6 +298,10 @@ BENCHMARKS = {
             "hellaswag.py": lambda args: exam(args, plainly=False),
             "an example at a time": lambda args: exam(args, plainly=True),
         },
+    ),
+    "optimizer": (
+        "tokens/s",
+        {f"--optimizer {which}": partial(train, name="optimizer", optimizer=which) for which in ("muon", "adamw")},
     ),
 }
 

@@ -65,7 +65,7 @@ class Muon(torch.optim.AdamW):
         X = torch.zeros(share, *matrices[0].shape, dtype=self.dtype, device=matrices[0].device)
         for x, M in zip(X, matrices[rank * share : (rank + 1) * share], strict=False):  # the last may have fewer
             x.copy_(M)
-        X = orthogonalize(X)
+        X = orthogonalize(X)  # (share, rows, columns)
         if ranks > 1:
             shares = [torch.empty_like(X) for _ in range(ranks)]
             dist.all_gather(shares, X)

@@ -62,15 +62,6 @@ class RunError(Exception):
 # --------------------------------------------------------------------------------------------------------------------
 # Options
 
-SMALL = dict(
-    n_layer=6, n_head=6, n_embd=384, seq_len=256, total_batch_size=8192,
-    max_steps=200, max_lr=1.5e-3, min_lr=0.0, warmup_steps=40,
-    eval_every=50, eval_tokens=32768, hellaswag_every=0, sample_every=50, save_every=100,
-)  # fmt: skip
-
-# What leads the same network to the same loss in half the steps; the README has the measurements.
-FAST = dict(optimizer="muon", muon_ratio=1.0, schedule="wsd", decay_share=0.4, min_lr=0.0)
-
 # Laid over the defaults of TrainConfig, which are the published recipe of GPT-2 124M, and under the user's flags.
 PRESETS = {
     "tiny": dict(
@@ -78,11 +69,20 @@ PRESETS = {
         max_steps=550, max_lr=2e-3, min_lr=0.0, warmup_steps=100,
         eval_every=110, eval_tokens=32768, hellaswag_every=0, sample_every=110, save_every=110,
     ),
-    "small": SMALL,
-    "small-fast": SMALL | FAST | dict(max_steps=100, max_lr=1.5e-3, warmup_steps=10),
+    "small": dict(
+        n_layer=6, n_head=6, n_embd=384, seq_len=256, total_batch_size=8192,
+        max_steps=200, max_lr=1.5e-3, min_lr=0.0, warmup_steps=40,
+        eval_every=50, eval_tokens=32768, hellaswag_every=0, sample_every=50, save_every=100,
+    ),
     **SIZES,
-    "gpt2-fast": SIZES["gpt2"] | FAST | dict(max_steps=9500, max_lr=1.2e-3, warmup_steps=250),
 }  # fmt: skip
+
+# What leads the same network to the same loss in half the steps.
+FAST = dict(optimizer="muon", muon_ratio=1.0, schedule="wsd", decay_share=0.4, min_lr=0.0)
+PRESETS |= {
+    "small-fast": PRESETS["small"] | FAST | dict(max_steps=100, max_lr=1.5e-3, warmup_steps=10),
+    "gpt2-fast": PRESETS["gpt2"] | FAST | dict(max_steps=9536, max_lr=1.2e-3, warmup_steps=250),
+}
 
 
 def option(default, text: str, low: float = 0, high: float = 2**40, choices: tuple = ()):
