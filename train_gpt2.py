@@ -526,9 +526,9 @@ def rows_that_fit(config: TrainConfig, ranks: Ranks) -> int:
 
 def changes(config: TrainConfig, data: Data, ranks: Ranks, directory: Path, record: dict) -> str:
     """What is otherwise than when the run was saved, and may be. Raises RunError if it would be another run."""
-    old = asdict(TrainConfig()) | record["config"] | dict(ranks=record["ranks"])
+    old = asdict(TrainConfig()) | record["config"] | dict(ranks=record["ranks"])  # newer options were at their defaults
     new = asdict(config) | dict(ranks=ranks.size)
-    lines = {k: f"{k} {old.get(k)} → {new[k]}" for k in new if old.get(k) != new[k] and k != "resume"}
+    lines = {k: f"{k} {old[k]} → {new[k]}" for k in new if old[k] != new[k] and k != "resume"}
     fixed = [line for name, line in lines.items() if name in FIXED]
     if record["data"] != data.fingerprint:
         fixed.append(f"the data {old['data']} → {new['data']}, which has other tokens")

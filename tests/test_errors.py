@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+import checkpoint
 import tokens
 import train_gpt2
 from conftest import ROOT, SMALL, run
@@ -212,6 +213,19 @@ def test_resuming_as_another_run(here, saved, capsys, flags, message):
     given = ["--device", "cpu", "--resume", "--dtype", "float32"]
     line = refuse(capsys, *given, *flags.split())
     assert message in line and "may not change in mid-run" in line
+
+
+def test_resuming_a_save_that_is_older_than_some_options(here, saved, capsys):
+    shutil.copytree(saved / "log", here / "log")
+    path = here / "log/step_000002/checkpoint.json"
+    record = json.loads(path.read_text())
+    del record["sha256"]
+    for part in "requested", "config":
+        for name in "optimizer", "muon_ratio", "schedule", "decay_share":
+            del record[part][name]
+    path.write_bytes(checkpoint._canonical(record | dict(sha256=checkpoint._digest(record))))
+    assert train_gpt2.main(["--resume", "--device", "cpu"]) == 0
+    assert "at step 2: nothing changed" in capsys.readouterr().out
 
 
 def test_resuming_from_what_is_no_save(here, saved, capsys):
