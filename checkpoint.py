@@ -171,7 +171,7 @@ def set_aside(log_dir: Path, chosen: Path, step: int) -> list[str]:
 
 def archive(log_dir: Path) -> Path | None:
     """Move the files of the run that lies here, and nothing else, to `old-<date-time>/`; returns that, if any did."""
-    patterns = "log.txt", "steps.csv", "run.json", "curves.png", "step_*", "old-step_*", "bad-step_*"
+    patterns = "log.txt", "steps.csv", "run.json", "curves.png", "wandb", "step_*", "old-step_*", "bad-step_*"
     files = [p for pattern in patterns for p in log_dir.glob(pattern)]
     if not files:
         return None

@@ -27,6 +27,8 @@ from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import get_args
 
 import numpy as np
@@ -148,6 +150,7 @@ class TrainConfig:
     sample_every: int = option(250, "steps between samples; 0 for none")
     save_every: int = option(1000, "steps between saves; 0 for one at the end")
     keep: int = option(2, "newest saves to keep, besides the best by validation loss", low=1)
+    wandb: str | None = option(None, "project on Weights & Biases to log to, too (pip install wandb)")
     dist_timeout: float = option(600.0, "seconds until a rank that waits for another gives up", low=1)
     dry_run: bool = option(False, "take four steps, say what the run would take, and write nothing")
 
@@ -797,6 +800,54 @@ class Signals:
 # The run's directory, and the terminal
 
 
+class WandB:
+    """What RunLog writes, on Weights & Biases, too. A thread of its own sends it: no step waits for that, and whatever
+    goes wrong there, from the import to the end, costs a line and not the run."""
+
+    patience = 60.0  # seconds, for its beginning and for its end
+
+    def __init__(self, config: dict, log_dir: Path, say: Callable):
+        self.rows, self.say, self.given_up = SimpleQueue(), say, False
+        self.thread = Thread(target=self.send, args=(config, log_dir), daemon=True)
+        self.thread.start()
+
+    def log(self, step: int, **values: float) -> None:
+        self.rows.put((step, values))
+
+    def send(self, config: dict, log_dir: Path) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")  # no questions, and nothing over the progress bar
+        os.environ.setdefault("WANDB_CACHE_DIR", str(log_dir))  # it adds the wandb/ itself
+        settings = dict(project=config["wandb"], console="off", resume="allow", init_timeout=self.patience)
+        settings |= dict(finish_timeout=self.patience, finish_timeout_raises=True)
+        id_file = log_dir / "wandb/id.txt"  # a run that is resumed goes on there, too
+        if id_file.exists():
+            settings["run_id"] = id_file.read_text(encoding="utf-8")
+        try:
+            import wandb
+
+            try:
+                run = wandb.init(dir=log_dir, config=config, settings=settings)
+                id_file.write_text(run.id, encoding="utf-8")
+                self.say(f"Weights & Biases: {run.url or run.dir}")
+                for step, values in iter(self.rows.get, None):
+                    run.log(values, step=step)
+                run.finish()
+            finally:
+                wandb.teardown()  # ends its process, or forgets one that has died
+        except Exception as e:
+            if not self.given_up:
+                self.say(f"no Weights & Biases: {first_line(e)}")
+
+    def close(self) -> None:
+        """Wait until all is sent, but not for ever."""
+        self.rows.put(None)
+        self.thread.join(1.5 * self.patience)
+        if self.thread.is_alive():
+            self.given_up = True
+            self.say("no Weights & Biases: it does not answer")
+            Thread(target=lambda: sys.modules["wandb"].teardown(), daemon=True).start()  # else Python's exit would wait
+
+
 class RunLog:
     """What a run leaves in its directory and shows on the terminal; rank 0 has one.
 
@@ -809,7 +860,7 @@ class RunLog:
         self.config = config
         self.dir = Path(config.log_dir)
         self.lock = FileLock(self.dir / ".lock")
-        self.files, self.bar = [], None
+        self.files, self.bar, self.wandb = [], None, None
         existing = next(p for p in (self.dir, *self.dir.absolute().parents) if p.exists())
         if not existing.is_dir():
             raise RunError(f"--log_dir {self.dir}: {existing} is a file, not a directory")
@@ -844,10 +895,14 @@ class RunLog:
             raise RunError(f"--log_dir {self.dir}: {e.filename} cannot be written to ({e.strerror})") from None
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.config.max_steps, initial=step, unit="step", dynamic_ncols=True)
+        if self.config.wandb:
+            self.wandb = WandB(facts["config"], self.dir, self.say)
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+        if self.wandb is not None:
+            self.wandb.close()
         for file in self.files:
             file.close()
         self.lock.release()
@@ -869,6 +924,9 @@ class RunLog:
         batch = self.config.total_batch_size
         self.write(0, f"{step} train {loss:.9g}")
         self.write(1, f"{step},{(step + 1) * batch},{loss:.9g},{lr:.9g},{norm:.9g},{seconds:.6g}")
+        if self.wandb is not None:
+            tokens = dict(tokens=(step + 1) * batch, tokens_per_second=batch / seconds)
+            self.wandb.log(step, train=loss, lr=lr, norm=norm, **tokens)
         speed = f"{batch / seconds:,.0f} tok/s, MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {loss:.4f}, {speed}", refresh=False)
@@ -881,6 +939,8 @@ class RunLog:
         """An evaluation of the weights as they are at a step."""
         if self.files:
             self.write(0, f"{step} {name} {value:.9g}")
+        if self.wandb is not None:
+            self.wandb.log(step, **{name: value})
         self.say(f"step {step}: {text} {value:.4f}")
 
     def draw(self) -> None:
