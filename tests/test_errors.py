@@ -201,7 +201,7 @@ def saved(tmp_path_factory):
         ("--dropout 0.1", "dropout 0.0 → 0.1"),
         ("--weight_decay 0", "weight_decay 0.1 → 0.0"),
         ("--optimizer muon --muon_ratio 2", "optimizer adamw → muon, muon_ratio 1.0 → 2.0"),
-        ("--schedule wsd --decay_share 0.2", "schedule cosine → wsd, decay_share 0.4 → 0.2"),
+        ("--schedule wsd --decay_share 0.2", "schedule cosine → wsd, decay_share 0.5 → 0.2"),
         ("--preset gpt2 --seq_len 32 --total_batch_size 256", "n_layer 2 → 12"),
         ("--data other.txt", "the data text.txt → other.txt, which has other tokens"),
         ("--init_from gpt2", "init_from None → gpt2"),
