@@ -144,10 +144,23 @@ def test_killed_at_random_moments_it_ends_byte_for_byte_the_same(tmp_path, parqu
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_interrupted_politely(tmp_path, parquet, number, status):
     flags = "--files", f"{parquet}/*.parquet", "--shard_size", 500, "--out_dir", tmp_path / "out"
-    process = subprocess.Popen(command("fineweb.py", *flags), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "out/edufineweb_train_000003.npy").exists():
-        time.sleep(0.005)
-    process.send_signal(number)
+    script = tmp_path / "interrupted.py"  # when the third shard is written
+    script.write_text(
+        f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import fineweb
+
+def write_shard(path, tokens, write=fineweb.write_shard):
+    write(path, tokens)
+    if path.name == "edufineweb_train_000003.npy":
+        os.kill(os.getpid(), {number:d})
+
+fineweb.write_shard = write_shard
+sys.exit(fineweb.main())
+"""
+    )
+    process = subprocess.Popen(command(script, *flags), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     assert process.communicate()[1].endswith("last whole shard\n") == (number == signal.SIGINT)
     assert process.returncode == status
     run("fineweb.py", *flags)
