@@ -139,7 +139,7 @@ def test_three_ranks_share_the_work_and_equal_one(tmp_path, text, forty_steps):
     run("train_gpt2.py", *FORTY, "--data", text, "--log_dir", tmp_path, ranks=3)
     assert_close(losses(tmp_path), losses(forty_steps))
     assert_close(losses(tmp_path, "val"), losses(forty_steps, "val"))
-    assert losses(tmp_path)[39] < losses(tmp_path)[0] - 1
+    assert losses(tmp_path)[39] < losses(tmp_path)[0] - 0.5
     a, b = (checkpoint.load(log / "step_000040") for log in (tmp_path, forty_steps))
     for (name, p), q in zip(a[0].named_parameters(), b[0].parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-4, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
