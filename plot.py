@@ -2,6 +2,7 @@
 
 python plot.py                 log/ as log/curves.png, as each run does at its end
 python plot.py log/a log/b     several runs in one picture, curves.png
+python plot.py --check log     is this loss normal? The run so far, beside five seeds of the same recipe that went well
 """
 
 import argparse
@@ -14,12 +15,25 @@ from dataclasses import dataclass
 from itertools import accumulate, cycle
 from pathlib import Path
 
+import numpy as np
+
 # What there is to reach: validation loss on FineWeb-Edu, and HellaSwag, both as build-nanogpt measures them.
 GPT2_LOSS = {"GPT-2 124M": 3.2924}
 HELLASWAG = {"GPT-2 124M": 29.55, "GPT-3 124M": 33.7}  # per cent
 
 # Okabe and Ito's (2008) colours, told apart by the colour-blind, darkest first; the lines of other models are grey.
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
+
+
+# Logs of runs that went well, several seeds of a recipe in RECIPE/seed-N/; what a run has to share with them to be held
+# against them; and what may differ, as it changes no loss, or by no more than a seed does.
+REFERENCE = Path(__file__).resolve().parent / "assets" / "reference"
+ALIKE = "n_layer", "n_head", "n_embd", "seq_len", "total_batch_size"
+IMMATERIAL = {
+    "preset", "data", "log_dir", "resume", "micro_batch_size", "seed", "device", "dtype", "compile", "eval_every",
+    "hellaswag_every", "sample_every", "save_every", "keep", "wandb", "dist_timeout", "dry_run",
+}  # fmt: skip
+BLOCK = 10  # steps over which the training loss is averaged, for it is of one batch each
 
 
 class PlotError(Exception):
@@ -35,12 +49,15 @@ class Run:
     results: dict[str, tuple[list[int], list[float]]]  # val, hella
     data: str
     tokens_per_step: int
+    config: dict
+    train_tokens: int | None
 
     @classmethod
     def read(cls, log_dir: Path) -> "Run":
         """Raises PlotError."""
         try:
-            config = json.loads((log_dir / "run.json").read_text(encoding="utf-8"))["config"]
+            facts = json.loads((log_dir / "run.json").read_text(encoding="utf-8"))
+            config = facts["config"]
             with open(log_dir / "steps.csv", encoding="utf-8") as f:
                 rows = [*csv.DictReader(f)]
             columns = {name: [float(row[name]) for row in rows] for name in rows[0]}
@@ -50,11 +67,22 @@ class Run:
                 if name != "train":
                     results[name][0].append(int(step))
                     results[name][1].append(float(value))
-            return cls(log_dir.name, columns, results, Path(config["data"]).name, config["total_batch_size"])
+            data, batch = Path(config["data"]).name, config["total_batch_size"]
+            return cls(log_dir.resolve().name, columns, results, data, batch, config, facts.get("train_tokens"))
         except OSError as e:
             raise PlotError(f"{log_dir}: holds no run: {Path(e.filename).name} cannot be read ({e.strerror})") from None
         except (IndexError, KeyError, ValueError, TypeError):
             raise PlotError(f"{log_dir}: holds no steps of a run that could be drawn") from None
+
+    @property
+    def curves(self) -> dict[str, dict[int, float]]:
+        """What is held against the bands, by step: means of the training loss over the BLOCK steps before it, and the
+        validation loss of what these have led to."""
+        loss = dict(zip(self.columns["step"], self.columns["loss"], strict=True))
+        blocks = [range(end - BLOCK, end) for end in range(BLOCK, int(max(loss)) + 2, BLOCK)]
+        training = {block.stop: float(np.mean([loss[i] for i in block])) for block in blocks if block.start in loss}
+        val = zip(*self.results.get("val", ((), ())), strict=True)
+        return dict(training=training, validation={step: value for step, value in val if step > 0})
 
     def seconds(self, steps: list[float]) -> list[float]:
         """How long training had taken before each of these steps, or in all before one that is still to come."""
@@ -62,8 +90,70 @@ class Run:
         return [before.get(step, sum(self.columns["seconds"])) for step in steps]
 
 
-def draw(log_dirs: list[Path], file: Path) -> None:
-    """Draw these runs into a PNG file. Raises PlotError, ImportError without matplotlib, OSError on a full disk."""
+def reference_for(run: Run, references: Path = REFERENCE) -> list[Run]:
+    """Runs of the same network on the same tokens, in batches of one size. Raises PlotError where there are none."""
+    logs = [Run.read(file.parent) for file in sorted(references.glob("*/seed-*/run.json"))]
+
+    def alike(log: Run) -> bool:
+        return log.train_tokens == run.train_tokens and all(log.config[key] == run.config.get(key) for key in ALIKE)
+
+    if same := [log for log in logs if alike(log)]:
+        return same
+    known = ", ".join(sorted({f"--preset {log.config['preset']} --data {log.data}" for log in logs}))
+    raise PlotError(f"{run.name}: no reference has its network, its data and its tokens a step; there is {known}")
+
+
+def bands(reference: list[Run]) -> dict[str, dict[int, tuple[float, float]]]:
+    """Where a run that goes well stays, as {curve: {step: (low, high)}}.
+
+    The mean of n runs, and to either side five times s·√(1 + 1/n), the standard deviation by which one more run would
+    differ from it. A few runs alone would tell s poorly, so it is pooled: over fifteen points of the training loss in a
+    row, and over all of the validation loss.
+    """
+    curves = [run.curves for run in reference]
+    result = {}
+    for name, reach in ("training", 7), ("validation", len(curves[0]["validation"])):
+        steps = sorted(set.intersection(*(set(curve[name]) for curve in curves)))
+        values = np.array([[curve[name][step] for step in steps] for curve in curves])  # (n, steps)
+        variance = values.var(axis=0, ddof=1)
+        pooled = np.array([variance[max(i - reach, 0) : i + reach + 1].mean() for i in range(len(steps))])
+        half = 5 * np.sqrt(pooled * (1 + 1 / len(reference)))
+        result[name] = {step: (m - h, m + h) for step, m, h in zip(steps, values.mean(axis=0), half, strict=True)}
+    return result
+
+
+def check(run: Run, reference: list[Run]) -> bool:
+    """Say whether the run so far is within the bands, and where it leaves them first. Raises PlotError."""
+    recipe, curves = reference[0].config, run.curves
+    other = {key for key in run.config.keys() & recipe.keys() if run.config[key] != recipe[key]} - IMMATERIAL
+    if "eval_tokens" in other:
+        del curves["validation"]  # it is of other tokens
+    if not any(curves.values()):
+        raise PlotError(f"{run.name}: too early to say: no evaluation after step 0, and fewer than {BLOCK} steps")
+    steps = int(run.columns["step"][-1]) + 1
+    print(f"{run.name}: {steps} of {recipe['max_steps']} steps, beside {len(reference)} seeds of {recipe['preset']}")
+    for key in sorted(other):
+        print(f"  --{key} is {run.config[key]}, and {recipe[key]} in the reference")
+    well = True
+    for name, band in bands(reference).items():
+        values = {step: value for step, value in curves.get(name, {}).items() if step in band}
+        outside = [step for step, value in values.items() if not band[step][0] <= value <= band[step][1]]
+        if values:
+            before = f", means of the {BLOCK} steps before" if name == "training" else ""
+            print(f"  {name} loss: {len(values) - len(outside)} of {len(values)} points within the bands{before}")
+        if outside:
+            (low, high), value = band[outside[0]], values[outside[0]]
+            print(f"    first outside at step {outside[0]}: {value:.3f}, where {low:.3f} to {high:.3f} is normal")
+        well = well and not outside
+    print(f"The loss is {'normal so far' if well else 'not that of this recipe'}.")
+    return well
+
+
+def draw(log_dirs: list[Path], file: Path, reference: list[Run] | None = None) -> None:
+    """Draw these runs, and the bands of reference runs, into a PNG file.
+
+    Raises PlotError, ImportError without matplotlib, OSError on a full disk.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -99,6 +189,14 @@ def draw(log_dirs: list[Path], file: Path) -> None:
         if "hella" in run.results:
             steps, accuracies = run.results["hella"]
             axes["hella"].plot([s * run.tokens_per_step / tokens for s in steps], [100 * a for a in accuracies], **dots)
+
+    # A mean over steps belongs to their middle.
+    for name, back, grey in (("training", BLOCK / 2, "0.55"), ("validation", 0, "0.25")) if reference else ():
+        band = bands(reference)[name]
+        at = [(step - back) * runs[0].tokens_per_step / tokens for step in band]
+        low, high = zip(*band.values(), strict=True)
+        label = f"normal {name} loss of {reference[0].config['preset']}"
+        axes["loss by tokens"].fill_between(at, low, high, label=label, color=grey, alpha=0.35, linewidth=0, zorder=0)
 
     for name, label in ("loss by tokens", tokens_label), ("loss by time", time_label):
         axes[name].set(xlabel=label, ylabel="loss (nats): training lines, validation dots")
@@ -139,6 +237,11 @@ def main(argv: list[str] | None = None) -> int:
         "log_dirs", nargs="*", type=Path, default=[Path("log")], metavar="DIR", help="log directories (default: log)"
     )
     parser.add_argument(
+        "--check",
+        action="store_true",
+        help="say whether the loss so far is normal, and draw what normal is, too; exit status 1 if it is not",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
@@ -147,8 +250,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.error = lambda message: parser.exit(2, f"plot.py: error: {message}; see --help\n")
     args = parser.parse_args(argv)
     file = args.out or (args.log_dirs[0] / "curves.png" if len(args.log_dirs) == 1 else Path("curves.png"))
+    normal = True
     try:
-        draw(args.log_dirs, file)
+        reference = None
+        if args.check:
+            if len(args.log_dirs) > 1:
+                parser.error("--check takes one log directory")
+            run = Run.read(args.log_dirs[0])
+            reference = reference_for(run)
+            normal = check(run, reference)
+        draw(args.log_dirs, file, reference)
     except PlotError as e:
         print(f"plot.py: error: {e}", file=sys.stderr)
         return 2
@@ -159,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"plot.py: error: {file}: cannot be written ({e.strerror})", file=sys.stderr)
         return 4
     print(file)
-    return 0
+    return 0 if normal else 1
 
 
 if __name__ == "__main__":

@@ -1,19 +1,26 @@
 """plot.py: the picture holds what was logged."""
 
 import json
+import shutil
+import statistics
 import sys
+from dataclasses import fields
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import plot
 import train_gpt2
-from conftest import SMALL
+from conftest import ROOT, SMALL, run, with_fault
 
 
 def write_run(directory, data="edu_fineweb10B", hella=True):
     """Four steps of 1,000 tokens and half a minute each."""
     directory.mkdir()
-    (directory / "run.json").write_text(json.dumps(dict(config=dict(data=f"x/{data}", total_batch_size=1000))))
+    network = dict(n_layer=2, n_head=2, n_embd=32, seq_len=32)
+    config = dict(preset="tiny", data=f"x/{data}", total_batch_size=1000, max_steps=4, **network)
+    (directory / "run.json").write_text(json.dumps(dict(config=config)))
     rows = [f"{s},{1000 * (s + 1)},{9 - s},{0.1 * s},{2.5},30" for s in range(4)]
     (directory / "steps.csv").write_text("\n".join(["step,tokens,loss,lr,norm,seconds", *rows, ""]))
     lines = [f"{s} train {9 - s}" for s in range(4)] + ["0 val 9.5", "4 val 5.5"] + ["0 hella 0.25"] * hella
@@ -82,3 +89,145 @@ def test_without_matplotlib_a_run_says_so_and_ends_well(tmp_path, text, monkeypa
     flags = *SMALL, "--data", text, "--log_dir", tmp_path / "log", "--max_steps", 1
     assert train_gpt2.main([*map(str, flags)]) == 0
     assert f"no {tmp_path}/log/curves.png: " in capsys.readouterr().out
+
+
+# Is my loss normal?
+
+SEEDS = sorted(plot.REFERENCE.glob("*/seed-*"))
+WRONG = Path(__file__).parent / "data" / "wrong"  # logs of the first steps of tiny, each with one mistake
+
+
+def test_the_reference_is_of_the_presets_as_they_are():
+    """A preset that is changed needs new runs."""
+    defaults = {f.name: f.default for f in fields(train_gpt2.TrainConfig)}
+    assert plot.IMMATERIAL | {*train_gpt2.FIXED, "eval_tokens"} == defaults.keys()
+    for log_dir in SEEDS:
+        config = plot.Run.read(log_dir).config
+        preset = defaults | train_gpt2.PRESETS[log_dir.parent.name] | dict(preset=log_dir.parent.name)
+        assert {k: v for k, v in config.items() if k not in plot.IMMATERIAL} == {
+            k: v for k, v in preset.items() if k not in plot.IMMATERIAL
+        }
+        assert log_dir.name == f"seed-{config['seed']}"
+
+
+@pytest.mark.parametrize("log_dir", SEEDS, ids=lambda d: f"{d.parent.name}-{d.name}")
+def test_each_seed_of_the_reference_is_normal_beside_the_others(log_dir, capsys):
+    log = plot.Run.read(log_dir)
+    others = [run for run in plot.reference_for(log) if run.config["seed"] != log.config["seed"]]
+    assert len(others) == len([*log_dir.parent.glob("seed-*")]) - 1 >= 2
+    assert plot.check(log, others), capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", ["ten-times", "no-warm-up", "targets-are-inputs", "targets-one-too-far"])
+def test_mistakes_are_found(wrong, tmp_path, capsys):
+    log_dir = shutil.copytree(WRONG / wrong, tmp_path / wrong)
+    assert plot.main(["--check", str(log_dir)]) == 1
+    out = capsys.readouterr().out
+    assert f"of 550 steps, beside {len(SEEDS)} seeds of tiny" in out
+    assert "first outside at step" in out and "The loss is not that of this recipe." in out
+    assert ("--max_lr is 0.02, and 0.002 in the reference" in out) == (wrong == "ten-times")
+    assert ("--warmup_steps is 0, and 100 in the reference" in out) == (wrong == "no-warm-up")
+    assert (log_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def a_run(generator: np.random.Generator, shift: float = 0.0, first: int = 0) -> plot.Run:
+    """One of 200 steps whose losses have nothing but noise."""
+    columns = dict(step=[*range(first, 200)], loss=[*generator.normal(5 + shift, 0.1, 200)[first:]])
+    val = [*range(0, 201, 40)], [11.0, *generator.normal(5 + shift, 0.02, 5)]
+    return plot.Run("a", columns, dict(val=val), "input.txt", 1000, dict(preset="tiny", max_steps=200), None)
+
+
+def test_the_bands_are_five_standard_deviations_of_one_more_run():
+    """By the book; and of a thousand runs next to none is rejected, while a fifth of a nat is never let pass."""
+    generator = np.random.default_rng(0)
+    five = [a_run(generator) for _ in range(5)]
+    bands = plot.bands(five)
+    assert [*bands["training"]] == [*range(10, 201, 10)] and [*bands["validation"]] == [40, 80, 120, 160, 200]
+    means = [[statistics.mean(run.columns["loss"][i : i + 10]) for run in five] for i in range(20, 170, 10)]
+    vals = [[run.results["val"][1][i] for run in five] for i in range(1, 6)]
+    for (low, high), here, around in (
+        (bands["training"][100], means[7], means),
+        (bands["validation"][80], vals[1], vals),
+    ):
+        s = statistics.mean(map(statistics.variance, around)) ** 0.5
+        assert (low + high) / 2 == pytest.approx(statistics.mean(here))
+        assert (high - low) / 2 == pytest.approx(5 * s * (6 / 5) ** 0.5)
+    rejected = sum(
+        not plot.check(a_run(generator), five)
+        for _ in range(40)
+        if (five := [a_run(generator) for _ in range(5)])
+        for _ in range(25)
+    )
+    assert rejected <= 10
+    assert not any(plot.check(a_run(generator, shift=shift), five) for shift in (-0.2, 0.2))
+
+
+def test_steps_count_from_the_start_of_the_run_and_not_of_the_log(capsys):
+    """As where a resumed run has a directory of its own; the step it was cut off in counts for nothing."""
+    generator = np.random.default_rng(0)
+    five = [a_run(generator) for _ in range(5)]
+    late = a_run(generator, first=33)
+    late.results.clear()
+    assert [*late.curves["training"]] == [*range(50, 201, 10)]
+    assert plot.check(late, five) and "a: 200 of 200 steps" in capsys.readouterr().out
+
+
+def test_validation_on_other_tokens_is_not_compared(capsys):
+    generator = np.random.default_rng(0)
+    five = [a_run(generator) for _ in range(5)]
+    log = a_run(generator)
+    for run_ in five:
+        run_.config["eval_tokens"] = 100
+    log.config["eval_tokens"] = 50
+    log.results["val"] = ([40], [9.0])
+    assert plot.check(log, five)
+    out = capsys.readouterr().out
+    assert "--eval_tokens is 50, and 100 in the reference" in out and "validation loss" not in out
+
+
+def test_it_may_be_too_early_to_say(tmp_path):
+    log = plot.Run.read(write_run(tmp_path / "a"))
+    assert plot.check(log, [log] * 5)  # an evaluation at least
+    log.results.clear()
+    with pytest.raises(
+        plot.PlotError, match="a: too early to say: no evaluation after step 0, and fewer than 10 steps"
+    ):
+        plot.check(log, [log] * 5)
+
+
+def test_there_may_be_no_reference(tmp_path, capsys):
+    log = write_run(tmp_path / "a")
+    assert plot.main(["--check", str(log)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "plot.py: error: a: no reference has its network, its data and its tokens a step; there is "
+    )
+    assert "--preset tiny --data input.txt" in error and error.count("\n") == 1 and not (log / "curves.png").exists()
+    with pytest.raises(SystemExit, match="2"):
+        plot.main(["--check", str(log), str(log)])
+    assert "--check takes one log directory" in capsys.readouterr().err
+
+
+TARGETS_ARE_INPUTS = "train_gpt2.inputs_and_targets = lambda rows, device: (rows[:, :-1].long(), rows[:, :-1].long())"
+TARGETS_ONE_TOO_FAR = "train_gpt2.inputs_and_targets = lambda rows, device: (rows[:, :-2].long(), rows[:, 2:].long())"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "steps, flags, fault",
+    [
+        (50, ("--seed", 6), ""),
+        (40, ("--max_lr", 2e-2), ""),
+        (30, ("--warmup_steps", 0), ""),
+        (30, (), TARGETS_ARE_INPUTS),
+        (80, (), TARGETS_ONE_TOO_FAR),
+    ],
+    ids=["a new seed", "ten-times", "no-warm-up", "targets-are-inputs", "targets-one-too-far"],
+)
+def test_a_run_that_goes_well_is_told_from_others(tmp_path, steps, flags, fault):
+    """So were the logs in data/wrong made."""
+    script = with_fault(tmp_path, f"{fault}\nif calls == 1 + {steps}: os.kill(os.getpid(), signal.SIGTERM)")
+    recipe = *"--preset tiny --data input.txt --micro_batch_size 16 --dtype float32 --sample_every 0".split(), *flags
+    run(script, *recipe, "--log_dir", tmp_path / "log", status=143, cwd=ROOT, env=dict(OMP_NUM_THREADS="2"))
+    done = run("plot.py", "--check", tmp_path / "log", status=0 if flags[:1] == ("--seed",) else 1)
+    assert f"log: {steps} of 550 steps" in done.stdout
