@@ -43,19 +43,21 @@ ROOT = Path(__file__).resolve().parent
 # --------------------------------------------------------------------------------------------------------------------
 # Training: tokens per second, and the peak of memory in GB, of steps of one micro-batch
 
-SHAPES = {  # a preset and its rows, and the same for the others
-    "small": ("small", 8, GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384)),
-    "124M": ("gpt2", 2, GPTConfig()),
-    "memory": ("gpt2", 4, GPTConfig()),
-    "optimizer": ("small", 32, GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384)),
-}
+SHAPES = {"small": ("small", 8), "124M": ("gpt2", 2), "memory": ("gpt2", 4), "optimizer": ("small", 32)}
+
+
+def shape_of(name: str) -> tuple[int, GPTConfig]:
+    """Rows of a micro-batch, and the network."""
+    preset, B = SHAPES[name]
+    c = train_gpt2.TrainConfig(**train_gpt2.PRESETS[preset])
+    return B, GPTConfig(block_size=c.seq_len, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
 
 
 def train(
     args: argparse.Namespace, name: str, compiled: bool = True, kept_pages: bool = True, optimizer: str = "adamw"
 ) -> float:
     """train_gpt2.py itself: four steps of a dry run."""
-    preset, B, shape = SHAPES[name]
+    preset, (B, shape) = SHAPES[name][0], shape_of(name)
     if not kept_pages:
         train_gpt2.keep_pages = lambda: None
     flags = dict(preset=preset, micro_batch_size=B, total_batch_size=B * shape.block_size, data=ROOT / "input.txt")
@@ -69,7 +71,7 @@ def train(
 
 def steps_of(args: argparse.Namespace, name: str, loss_of: Callable, optimizer: torch.optim.Optimizer) -> float:
     """The same figure for a straightforward loop."""
-    _, B, shape = SHAPES[name]
+    B, shape = shape_of(name)
     rows = torch.randint(GPT2_VOCAB_SIZE, (B, shape.block_size + 1), device=args.device)
     x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -97,7 +99,7 @@ def train_plainly(args: argparse.Namespace, name: str) -> float:
     """transformers' GPT-2 with SDPA, eager, autocast, AdamW as it comes, the allocator as it comes."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    c = SHAPES[name][2]
+    c = shape_of(name)[1]
     shape = dict(n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
     no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     model = GPT2LMHeadModel(GPT2Config(**shape, **no_dropout, attn_implementation="sdpa")).to(args.device).train()
@@ -119,7 +121,7 @@ def train_peer(args: argparse.Namespace, name: str) -> float:
     peer = sys.modules["peer"] = types.ModuleType("peer")
     peer.master_process = False
     exec(compile(tree, path, "exec"), peer.__dict__)
-    c = SHAPES[name][2]
+    c = shape_of(name)[1]
     shape = dict(block_size=c.block_size, vocab_size=50304, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
     model = peer.GPT(peer.GPTConfig(**shape)).to(args.device)
     optimizer = model.configure_optimizers(0.1, 6e-4, args.device.type)
@@ -137,7 +139,7 @@ def multiply(args: argparse.Namespace, name: str) -> float:
         (A @ B)[0, 0].item()
         seconds.append(time.perf_counter() - started)
     with torch.device("meta"):
-        flops_per_token = GPT(SHAPES[name][2]).flops_per_token()
+        flops_per_token = GPT(shape_of(name)[1]).flops_per_token()
     return 2 * n**3 / median(seconds[2:]) / flops_per_token
 
 

@@ -379,8 +379,8 @@ class GPT(nn.Module):
         blocks = self.transformer.h
         embeddings = dict(params=[self.transformer.wte.weight, self.transformer.wpe.weight])
         qkv = dict(params=[block.attn.c_attn.weight for block in blocks], ratio=muon_ratio, parts=3)
-        others = [layer.weight for b in blocks for layer in (b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
-        others = dict(params=others, ratio=muon_ratio, parts=1)
+        linears = [layer for block in blocks for layer in (block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)]
+        others = dict(params=[layer.weight for layer in linears], ratio=muon_ratio, parts=1)
         return Muon([embeddings, no_decay, qkv, others], muon_dtype, weight_decay=weight_decay, **options)
 
     def num_parameters(self) -> int:

@@ -2,7 +2,7 @@
 
 python plot.py                 log/ as log/curves.png, as each run does at its end
 python plot.py log/a log/b     several runs in one picture, curves.png
-python plot.py --check log     is this loss normal? The run so far, beside five seeds of the same recipe that went well
+python plot.py --check log     is this loss normal? The run so far, beside other seeds of the same recipe that went well
 """
 
 import argparse
@@ -23,7 +23,6 @@ HELLASWAG = {"GPT-2 124M": 29.55, "GPT-3 124M": 33.7}  # per cent
 
 # Okabe and Ito's (2008) colours, told apart by the colour-blind, darkest first; the lines of other models are grey.
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
-
 
 # Logs of runs that went well, several seeds of a recipe in RECIPE/seed-N/; what a run has to share with them to be held
 # against them; and what may differ, as it changes no loss, or by no more than a seed does.
@@ -90,9 +89,9 @@ class Run:
         return [before.get(step, sum(self.columns["seconds"])) for step in steps]
 
 
-def reference_for(run: Run, references: Path = REFERENCE) -> list[Run]:
+def reference_for(run: Run) -> list[Run]:
     """Runs of the same network on the same tokens, in batches of one size. Raises PlotError where there are none."""
-    logs = [Run.read(file.parent) for file in sorted(references.glob("*/seed-*/run.json"))]
+    logs = [Run.read(file.parent) for file in sorted(REFERENCE.glob("*/seed-*/run.json"))]
 
     def alike(log: Run) -> bool:
         return log.train_tokens == run.train_tokens and all(log.config[key] == run.config.get(key) for key in ALIKE)
@@ -190,13 +189,12 @@ def draw(log_dirs: list[Path], file: Path, reference: list[Run] | None = None) -
             steps, accuracies = run.results["hella"]
             axes["hella"].plot([s * run.tokens_per_step / tokens for s in steps], [100 * a for a in accuracies], **dots)
 
-    # A mean over steps belongs to their middle.
-    for name, back, grey in (("training", BLOCK / 2, "0.55"), ("validation", 0, "0.25")) if reference else ():
-        band = bands(reference)[name]
+    greys = dict(training="0.55", validation="0.25")
+    for name, band in bands(reference).items() if reference else ():
+        back = BLOCK / 2 if name == "training" else 0  # a mean over steps belongs to their middle
         at = [(step - back) * runs[0].tokens_per_step / tokens for step in band]
-        low, high = zip(*band.values(), strict=True)
-        label = f"normal {name} loss of {reference[0].config['preset']}"
-        axes["loss by tokens"].fill_between(at, low, high, label=label, color=grey, alpha=0.35, linewidth=0, zorder=0)
+        look = dict(label=f"normal {name} loss of {reference[0].config['preset']}", color=greys[name], alpha=0.35)
+        axes["loss by tokens"].fill_between(at, *zip(*band.values(), strict=True), **look, linewidth=0, zorder=0)
 
     for name, label in ("loss by tokens", tokens_label), ("loss by time", time_label):
         axes[name].set(xlabel=label, ylabel="loss (nats): training lines, validation dots")
@@ -250,12 +248,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.error = lambda message: parser.exit(2, f"plot.py: error: {message}; see --help\n")
     args = parser.parse_args(argv)
     file = args.out or (args.log_dirs[0] / "curves.png" if len(args.log_dirs) == 1 else Path("curves.png"))
-    normal = True
+    if args.check and len(args.log_dirs) > 1:
+        parser.error("--check takes one log directory")
+    normal, reference = True, None
     try:
-        reference = None
         if args.check:
-            if len(args.log_dirs) > 1:
-                parser.error("--check takes one log directory")
             run = Run.read(args.log_dirs[0])
             reference = reference_for(run)
             normal = check(run, reference)

@@ -87,9 +87,9 @@ PRESETS |= {
 }
 
 
-def option(default, text: str, low: float = 0, high: float = 2**40, choices: tuple = ()):
+def option(default, text: str, low: float = 0, high: float = 2**40, choices: tuple = (), metavar: str = ""):
     """A field of TrainConfig: its default, its line of help, and the values that are allowed."""
-    return field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices))
+    return field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices, metavar=metavar))
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,14 @@ class TrainConfig:
     data: str | None = option(
         None,
         "directory of token shards, or a UTF-8 text file (default: edu_fineweb10B/ if it is there, else input.txt)",
+        metavar="PATH",
     )
-    log_dir: str = option("log", "directory of this run's log and saves")
+    log_dir: str = option("log", "directory of this run's log and saves", metavar="DIR")
     init_from: str | None = option(
         None,
         "fine-tune this model: a directory, or a name on the Hugging Face hub (its shape and seq_len are then the "
         "defaults, and a constant learning rate of 3e-5)",
+        metavar="MODEL",
     )
     resume: str | None = option(None, "go on from a save: the one in DIR, or without it the newest in log_dir")
     max_steps: int | None = option(
@@ -146,11 +148,13 @@ class TrainConfig:
     compile: str = option("auto", "torch.compile: auto where it can work and pays", choices=("auto", "on", "off"))
     eval_every: int = option(250, "steps between evaluations on the validation tokens; 0 for none")
     eval_tokens: int = option(10485760, "validation tokens per evaluation, however many ranks", low=1)
-    hellaswag_every: int = option(250, "steps between HellaSwag exams, which are downloaded once; 0 for none")
+    hellaswag_every: int = option(250, "steps between HellaSwag exams, whose questions are downloaded once; 0 for none")
     sample_every: int = option(250, "steps between samples; 0 for none")
     save_every: int = option(1000, "steps between saves; 0 for one at the end")
     keep: int = option(2, "newest saves to keep, besides the best by validation loss", low=1)
-    wandb: str | None = option(None, "project on Weights & Biases to log to, too (pip install wandb)")
+    wandb: str | None = option(
+        None, "project on Weights & Biases to log to, too (pip install wandb)", metavar="PROJECT"
+    )
     dist_timeout: float = option(600.0, "seconds until a rank that waits for another gives up", low=1)
     dry_run: bool = option(False, "take four steps, say what the run would take, and write nothing")
 
@@ -192,7 +196,7 @@ def parse_flags(argv: list[str] | None) -> dict:
             parser.add_argument("--resume", nargs="?", const="newest", metavar="DIR", help=text)
         else:
             choices = f.metadata["choices"] or None
-            metavar = None if choices else "PATH" if kind is str else kind.__name__.upper()
+            metavar = None if choices else f.metadata["metavar"] or kind.__name__.upper()
             parser.add_argument(f"--{f.name}", type=kind, choices=choices, help=text, metavar=metavar)
     try:
         namespace, unknown = parser.parse_known_args(argv)

@@ -176,8 +176,8 @@ def test_validation_on_other_tokens_is_not_compared(capsys):
     generator = np.random.default_rng(0)
     five = [a_run(generator) for _ in range(5)]
     log = a_run(generator)
-    for run_ in five:
-        run_.config["eval_tokens"] = 100
+    for reference in five:
+        reference.config["eval_tokens"] = 100
     log.config["eval_tokens"] = 50
     log.results["val"] = ([40], [9.0])
     assert plot.check(log, five)
