@@ -153,17 +153,15 @@ def draw(log_dirs: list[Path], file: Path, reference: list[Run] | None = None) -
 
     Raises PlotError, ImportError without matplotlib, OSError on a full disk.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     runs = [Run.read(log_dir) for log_dir in log_dirs]
     panels = [["loss by tokens", "loss by time"], ["lr", "norm"]]
     if any("hella" in run.results for run in runs):
         panels = [["loss by tokens"] * 3 + ["loss by time"] * 3, ["lr", "lr", "norm", "norm", "hella", "hella"]]
-    figure, axes = plt.subplot_mosaic(panels, figsize=(12, 8), layout="constrained")
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    axes = figure.subplot_mosaic(panels)
     tokens, tokens_label = scale(
         max(run.columns["tokens"][-1] for run in runs),
         {1e9: "tokens (billions)", 1e6: "tokens (millions)", 1e3: "tokens (thousands)", 1: "tokens"},
@@ -206,7 +204,8 @@ def draw(log_dirs: list[Path], file: Path, reference: list[Run] | None = None) -
     axes["lr"].set(xlabel=tokens_label, ylabel="learning rate")
     axes["lr"].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     axes["norm"].set(xlabel=tokens_label, ylabel="norm of the gradient", yscale="log")
-    axes["norm"].yaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter(minor_thresholds=(1, 0.4)))
+    axes["norm"].yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+    axes["norm"].minorticks_off()
     if "hella" in axes:
         axes["hella"].set(xlabel=tokens_label, ylabel="HellaSwag (% right)")
         mark(axes["hella"], HELLASWAG)
@@ -214,7 +213,6 @@ def draw(log_dirs: list[Path], file: Path, reference: list[Run] | None = None) -
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=110, format="png")
-    plt.close(figure)
 
 
 def scale(most: float, units: dict[float, str]) -> tuple[float, str]:

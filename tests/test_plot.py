@@ -31,10 +31,10 @@ def write_run(directory, data="edu_fineweb10B", hella=True):
 @pytest.fixture
 def figure(monkeypatch):
     """A list that the figures which are drawn are added to."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figures = []
-    monkeypatch.setattr(plt, "close", figures.append)
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: figures.append(self) or savefig(self, *args, **kw))
     return figures
 
 
