@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -610,35 +609,43 @@ def if_it_fits(fn: Callable, what: str):
 
 
 def prepare(
-    raw_model: GPT, config: TrainConfig, ranks: Ranks, amp: torch.autocast, compiled: bool
+    raw_model: GPT,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    ranks: Ranks,
+    amp: torch.autocast,
+    compiled: bool,
 ) -> tuple[nn.Module, int, list[str]]:
-    """Compile, wrap for DDP, and try a first forward and backward pass; if it fails, with a smaller micro-batch, or
-    uncompiled. Returns the module to train with, the micro-batch, and what there is to say.
-
-    The trial runs without gradient synchronisation, so a rank that fails leaves none waiting; then all agree.
-    """
+    """Compile, and try an evaluation's pass and a step's; if one fails, with a smaller micro-batch, or uncompiled. Then
+    wrap for DDP: no rank waits for another in the trial, after which all agree. Returns the module to train with, the
+    micro-batch, and what there is to say."""
     B, T = config.micro_batch_size, config.seq_len
     notes = []
+
+    def trial() -> None:  # whose end, well or not, ends all that it has made
+        moments = [torch.empty_like(p) for p in raw_model.parameters() for _ in range(0 if optimizer.state else 2)]
+        if B * T < config.total_batch_size:  # gradients of micro-batches before, or DDP's buckets
+            for p in raw_model.parameters():
+                p.grad = torch.zeros_like(p)
+        x, y = inputs_and_targets(torch.zeros(B, T + 1, dtype=torch.int32), ranks.device)
+        with torch.no_grad(), amp:
+            raw_model.eval()(x, y)
+        with amp:
+            _, loss = model.train()(x, y)
+        loss.backward()
+        del moments
+
     while True:
         model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
-        if ranks.size > 1:
-            ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-            model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-        no_memory, no_compiler, moments = False, "", None
+        no_memory, no_compiler = False, ""
         try:
-            moments = [torch.empty_like(p) for p in raw_model.parameters() for _ in range(2)]  # Adam's, still to come
-            x, y = inputs_and_targets(torch.zeros(B, T + 1, dtype=torch.int32), ranks.device)
-            with model.no_sync() if ranks.size > 1 else nullcontext():
-                with amp:
-                    _, loss = model(x, y)
-                loss.backward()
+            trial()
         except Exception as e:
             no_memory = out_of_memory(e)
             if not no_memory and compiled and isinstance(e, torch._dynamo.exc.TorchDynamoException):
                 no_compiler = first_line(e)
             elif not no_memory:
                 raise
-        del moments
         raw_model.zero_grad(set_to_none=True)
         any_no_memory, any_no_compiler = ranks.sum(no_memory, bool(no_compiler))
         if any_no_compiler:
@@ -654,6 +661,8 @@ def prepare(
             torch.cuda.empty_cache()
     if B < config.micro_batch_size:
         notes.append(f"out of memory: micro-batch {config.micro_batch_size} → {B}, the total batch stays")
+    if ranks.size > 1:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     return model, B, notes
 
 
@@ -1121,7 +1130,7 @@ def train(given: dict, ranks: Ranks) -> int:
     for line in introduce(config, given, resumed, data, ranks, raw_model, eager) + notes:
         say(line)
     if tokens_left:
-        model, B, notes = prepare(raw_model, config, ranks, amp, compiled=eager is None)
+        model, B, notes = prepare(raw_model, optimizer, config, ranks, amp, compiled=eager is None)
         config = replace(config, micro_batch_size=B)
         for line in notes:
             say(line)

@@ -359,6 +359,26 @@ def test_out_of_memory_on_one_of_two_ranks_halves_both(tmp_path, text):
     assert_close(losses(tmp_path / "log"), losses(tmp_path / "reference"))
 
 
+BACKWARD_OUT_OF_MEMORY = """
+import weakref
+losses = globals().setdefault("losses", [])
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+if model.training and calls <= 2:
+    if any(alive() is not None for alive in losses):
+        out_of_memory()
+    losses.append(weakref.ref(loss))
+    if idx.size(0) > 2:
+        loss.register_hook(out_of_memory)
+"""
+
+
+def test_what_ran_out_of_memory_in_the_backward_pass_holds_none_any_more(tmp_path, text):
+    script = with_fault(tmp_path, BACKWARD_OUT_OF_MEMORY)
+    done = run(script, *SMALL, "--data", text, "--log_dir", tmp_path / "log", "--micro_batch_size", 4)
+    assert "out of memory: micro-batch 4 → 2, the total batch stays" in done.stdout
+
+
 def test_out_of_memory_with_one_row_is_one_line(tmp_path, text):
     fault = "raise torch.OutOfMemoryError('CUDA out of memory')"
     flags = *SMALL, "--data", text, "--log_dir", tmp_path / "log"
