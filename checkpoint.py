@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch.utils._pytree import tree_map_only
 
 from model import GPT
-from tokens import first_line
+from tokens import first_line, sha256
 
 UNFINISHED = ".unfinished-"  # what is being written or deleted has this before its name, and is no save
 
@@ -50,7 +50,7 @@ def save(log_dir: Path, step: int, model: GPT, trainer_state: dict, info: dict) 
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
         torch.save(trainer_state, partial / "trainer_state.pt")
-        files = {p.name: dict(bytes=p.stat().st_size, sha256=_sha256(p)) for p in sorted(partial.iterdir())}
+        files = {p.name: dict(bytes=p.stat().st_size, sha256=sha256(p)) for p in sorted(partial.iterdir())}
         record = dict(info, step=step, files=files)
         (partial / "checkpoint.json").write_bytes(_canonical(dict(record, sha256=_digest(record))))
         for p in partial.iterdir():
@@ -113,7 +113,7 @@ def verify(directory: Path) -> dict:
             size = path.stat().st_size
             if size != expected["bytes"]:
                 raise CheckpointError(f"{path}: expected {expected['bytes']:,} bytes, found {size:,}")
-            if _sha256(path) != expected["sha256"]:
+            if sha256(path) != expected["sha256"]:
                 raise CheckpointError(f"{path}: does not match its SHA-256")
         except OSError as e:
             raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from None
@@ -225,11 +225,6 @@ def _canonical(record: dict) -> bytes:
 
 def _digest(record: dict) -> str:
     return hashlib.sha256(_canonical(record)).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _fsync(path: Path) -> None:

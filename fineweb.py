@@ -12,8 +12,9 @@ goes on after the last whole shard.
 
 import argparse
 import base64
+import contextlib
 import glob
-import hashlib
+import io
 import json
 import os
 import shutil
@@ -31,7 +32,17 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tokens import END_OF_TEXT, SHA256, first_line, gpt2_encoding, open_shard, write_shard
+from tokens import (
+    END_OF_TEXT,
+    SHA256,
+    ShardError,
+    first_line,
+    gpt2_encoding,
+    open_shard,
+    read_manifest,
+    sha256,
+    write_shard,
+)
 
 ROOT = Path(__file__).resolve().parent
 PRETOKENIZED = "kjj0/finewebedu10B-gpt2"
@@ -136,26 +147,17 @@ def read_text(path: Path, column: str, skip: int) -> Iterator[tuple[int, list, f
                 raise Failure(f"{path}: not UTF-8 text (byte {e.start:,})") from None
 
 
-class open_compressed:
+@contextlib.contextmanager
+def open_compressed(path: Path) -> Iterator[tuple[io.BufferedIOBase, Callable[[], int]]]:
     """Open a file to read bytes, through gzip or zstd where its name says so; with what tells the place in the file."""
+    import pyarrow as pa
 
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self):
-        import io
-
-        import pyarrow as pa
-
-        self.raw = open(self.path, "rb")
-        kind = {".gz": "gzip", ".zst": "zstd"}.get(self.path.suffix)
-        file = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(self.raw), kind)) if kind else self.raw
-        return file, self.raw.tell
-
-    def __exit__(self, kind, error, traceback):
-        self.raw.close()
-        if isinstance(error, OSError):
-            raise Failure(f"{self.path}: cannot be read ({error})") from None
+    kind = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    try:
+        with open(path, "rb") as raw:
+            yield io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), kind)) if kind else raw, raw.tell
+    except OSError as e:
+        raise Failure(f"{path}: cannot be read ({e})") from None
 
 
 def whole(text: object) -> object:
@@ -245,8 +247,8 @@ def encode_in_order(batches: Iterable[Batch], encode: Encoder, num_proc: int) ->
             for batch in batches:
                 waiting.append((batch, pool.submit(encode, batch.texts)))
                 if len(waiting) > 4 * num_proc:
-                    batch, block = waiting.popleft()
-                    yield batch, block.result()
+                    yield waiting[0][0], waiting[0][1].result()
+                    waiting.popleft()  # not before: where this one fails, nothing later may follow
         except Failure as e:
             failure = e
         for batch, block in waiting:  # what was read before a failure is kept
@@ -269,6 +271,9 @@ class Output:
     def __init__(self, directory: Path, settings: dict):
         self.directory = directory
         self.manifest = dict(settings, shards=[], documents=0, complete=False, place=None, tokens_written=0)
+        existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+        if not (existing.is_dir() and os.access(existing, os.W_OK)):
+            raise Failure(f"--out_dir {directory}: cannot be written to; is {existing} a directory of yours?")
         if (directory / "manifest.json").exists():
             self.manifest = read_manifest(directory)
             changed = [
@@ -338,19 +343,6 @@ def write_manifest(directory: Path, manifest: dict) -> None:
         f.flush()
         os.fsync(f.fileno())
     partial.replace(directory / "manifest.json")
-
-
-def read_manifest(directory: Path) -> dict:
-    """A directory's manifest. Raises Failure if there is none that can be read."""
-    try:
-        return json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise Failure(f"{directory / 'manifest.json'}: cannot be read ({first_line(e)})") from None
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -539,9 +531,9 @@ def main(argv: list[str] | None = None) -> int:
             download(args.out_dir, args.pretokenized)
         else:
             prepare(args)
-    except Failure as e:
+    except (Failure, ShardError) as e:
         print(f"fineweb.py: error: {e}", file=sys.stderr)
-        return e.status
+        return getattr(e, "status", 2)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on after the last whole shard", file=sys.stderr)
         return 130

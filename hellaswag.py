@@ -194,14 +194,14 @@ def score_batch(model: GPT, rows: list[Row], device: torch.device) -> Iterator[t
             target += ending
             owner += [(row.example, row.choices[k - 1])] * len(ending)
     idx, pos, part, source, target = (
-        t.to(device, non_blocking=True) for t in (idx, pos, part, torch.tensor(source), torch.tensor(target))
+        t.to(device) for t in (idx, pos, part, torch.tensor(source), torch.tensor(target))
     )
     earlier = torch.ones(S, S, dtype=torch.bool, device=device).tril()
     mask = earlier & ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None]))  # (B, S, S)
     x = model.hidden(idx, pos=pos, mask=mask[:, None]).view(B * S, -1)[source]  # (scored tokens, C)
-    losses = [  # a few thousand tokens at a time: their logits are by far the largest thing here
-        F.cross_entropy(model.head(part_x), part_target, reduction="none")
-        for part_x, part_target in zip(x.split(512), target.split(512), strict=True)
+    losses = [  # 512 tokens at a time: their logits are by far the largest thing here
+        F.cross_entropy(model.head(some_x), some_target, reduction="none")
+        for some_x, some_target in zip(x.split(512), target.split(512), strict=True)
     ]
     sums: dict[tuple[int, int], float] = {}
     for key, loss in zip(owner, torch.cat(losses).tolist(), strict=True):

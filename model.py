@@ -364,14 +364,12 @@ class GPT(nn.Module):
         self,
         weight_decay: float,
         learning_rate: float,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
         muon_ratio: float | None = None,
         muon_dtype: torch.dtype = torch.float32,
     ) -> torch.optim.AdamW:
         """AdamW (Loshchilov & Hutter, 2019); matrices and embeddings decay, biases and gains do not. With a muon_ratio
         the blocks' matrices are Muon's, at that multiple of the learning rate; query, key and value are three."""
-        options = dict(lr=learning_rate, betas=betas, eps=eps, fused=True)
+        options = dict(lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
         no_decay = dict(params=[p for p in self.parameters() if p.dim() < 2], weight_decay=0.0)
         if muon_ratio is None:
             decay = dict(params=[p for p in self.parameters() if p.dim() >= 2], weight_decay=weight_decay)

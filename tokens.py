@@ -24,7 +24,7 @@ SHA256 = {
     "merges.txt": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
 END_OF_TEXT = 50256
-VOCAB_SIZE = 50257
+VOCAB_SIZE = END_OF_TEXT + 1
 
 BIN_HEADER = 256 * 4  # bytes: 256 int32
 BIN_MAGIC, BIN_VERSION = 20240520, 1
@@ -33,6 +33,11 @@ BIN_MAGIC, BIN_VERSION = 20240520, 1
 def first_line(e: Exception) -> str:
     """Of what an exception says, or what it is if it says nothing."""
     return next(iter(str(e).strip().splitlines()), type(e).__name__)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 class ShardError(ValueError):
@@ -46,7 +51,7 @@ def gpt2_encoding() -> tiktoken.Encoding:
     Text is encoded with `encode_ordinary`, to which "<|endoftext|>" is thirteen characters like any others.
     """
     for name, expected in SHA256.items():
-        found = hashlib.sha256((ASSETS / name).read_bytes()).hexdigest()
+        found = sha256(ASSETS / name)
         if found != expected:
             raise ValueError(f"{ASSETS / name}: expected SHA-256 {expected}, found {found}; get the file again")
     # By default tiktoken keeps a second copy of what it reads in the temporary directory; ours is local already.
@@ -142,18 +147,27 @@ def shard_paths(directory: Path, split: str) -> list[Path]:
     return chosen
 
 
-def check_manifest(directory: Path, tokens: dict[str, int]) -> None:
-    """Compare a directory's shards, by name their number of tokens, with its manifest.json. Raises ShardError."""
+def read_manifest(directory: Path) -> dict:
+    """A directory's manifest.json, which fineweb.py has written. Raises ShardError if it is none."""
     path = directory / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        expected = {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
-        complete = manifest["complete"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ShardError(f"{path}: cannot be read as a manifest ({e!r})") from None
-    if not complete:
+        missing = {"shards", "documents", "complete"} - manifest.keys()
+        missing = missing.union(*({"name", "tokens", "sha256"} - shard.keys() for shard in manifest.get("shards", ())))
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+        raise ShardError(f"{path}: cannot be read as a manifest ({first_line(e)})") from None
+    if missing:
+        raise ShardError(f"{path}: cannot be read as a manifest (no {', '.join(sorted(missing))})")
+    return manifest
+
+
+def check_manifest(directory: Path, tokens: dict[str, int]) -> None:
+    """Compare a directory's shards, by name their number of tokens, with its manifest.json. Raises ShardError."""
+    manifest = read_manifest(directory)
+    if not manifest["complete"]:
         raise ShardError(f"{directory}: not all of its shards are written yet: give the command again that began it")
+    expected = {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
     for name in sorted(expected.keys() | tokens.keys()):
         if expected.get(name) != tokens.get(name):
             has, says = (f"{n[name]:,} tokens" if name in n else "no such shard" for n in (tokens, expected))
-            raise ShardError(f"{directory / name}: {has} there, but {path.name} says {says}; see fineweb.py --verify")
+            raise ShardError(f"{directory / name}: {has} there, but manifest.json says {says}; see fineweb.py --verify")

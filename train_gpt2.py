@@ -8,7 +8,6 @@ python train_gpt2.py --resume                      go on where the run in log/ s
 
 import argparse
 import difflib
-import hashlib
 import json
 import math
 import os
@@ -43,7 +42,7 @@ import checkpoint
 import hellaswag
 import plot
 from model import GPT, GPT2_VOCAB_SIZE, SIZES, GPTConfig, keep_pages
-from tokens import ShardError, check_ids, check_manifest, first_line, gpt2_encoding, open_shard, shard_paths
+from tokens import ShardError, check_ids, check_manifest, first_line, gpt2_encoding, open_shard, sha256, shard_paths
 
 ROOT = Path(__file__).resolve().parent
 FULL_RUN = "python fineweb.py && torchrun --nproc_per_node=8 train_gpt2.py --preset gpt2"
@@ -58,6 +57,10 @@ class RunError(Exception):
 
     def __str__(self) -> str:
         return self.args[0]
+
+    @classmethod
+    def of_disk(cls, e: OSError) -> "RunError":
+        return cls(f"{e.filename}: {e.strerror}" if e.filename else str(e), 4)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -263,7 +266,7 @@ class Ranks:
         except checkpoint.CheckpointError as e:
             error = RunError(str(e))
         except OSError as e:
-            error = RunError(f"{e.filename}: {e.strerror}", 4)
+            error = RunError.of_disk(e)
         errors = [error] * self.size
         if self.size > 1:
             dist.all_gather_object(errors, error)
@@ -320,10 +323,9 @@ def open_data(path: Path) -> Data:
             fingerprint = {name: len(tokens) for name, tokens in val + train}
             if (path / "manifest.json").exists():
                 check_manifest(path, fingerprint)
-                fingerprint["manifest.json"] = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
+                fingerprint["manifest.json"] = sha256(path / "manifest.json")
             return Data(train, val, False, fingerprint)
-        content = path.read_bytes()
-        text = content.decode("utf-8")
+        text = path.read_bytes().decode("utf-8")
         cut = len(text) * 9 // 10
         train, val = (gpt2_encoding().encode_ordinary(part) for part in (text[:cut], text[cut:]))
     except FileNotFoundError:
@@ -333,7 +335,7 @@ def open_data(path: Path) -> Data:
     except (OSError, ValueError) as e:
         raise RunError(f"--data {path}: {e}") from None
     train, val = np.array(train, dtype=np.uint16), np.array(val, dtype=np.uint16)
-    fingerprint = {path.name: hashlib.sha256(content).hexdigest()}
+    fingerprint = {path.name: sha256(path)}
     return Data([(path.name, train)], [(f"the last tenth of {path.name}", val)], True, fingerprint)
 
 
@@ -394,10 +396,9 @@ class DataLoaderLite:
 
 def inputs_and_targets(rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows (B, T + 1) of int32 as inputs and targets on the device, each (B, T) of int64; to a GPU they are copied from
-    pinned memory, while it still computes."""
-    if device.type == "cuda":
-        rows = rows.pin_memory()
-    rows = rows.to(device, non_blocking=True).long()
+    pinned memory, for which the host need not wait."""
+    cuda = device.type == "cuda"  # not MPS, which would read what is freed here at once (pytorch issue 139550)
+    rows = (rows.pin_memory() if cuda else rows).to(device, non_blocking=cuda).long()
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -588,7 +589,7 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     if device.type != "cuda" or dtype == "float32":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}(\b|$)", name)), None)
+    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def out_of_memory(e: Exception) -> bool:
@@ -929,8 +930,11 @@ class RunLog:
 
     def say(self, line: str) -> None:
         """Print a line, above the progress bar if there is one."""
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read has ended, like the tee of `… | tee out` at Ctrl-C; the run has not
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def train(self, step: int, loss: float, lr: float, norm: float, seconds: float, mfu: float | None) -> None:
         """The step that led to step + 1, which took so many seconds."""
@@ -1206,7 +1210,7 @@ def train(given: dict, ranks: Ranks) -> int:
             if last:
                 ranks.first(saver.wait)
                 signals.seen = ranks.sum(*signals.received)
-                if log and config.max_steps:
+                if log and log.files:
                     log.draw()
                 return 128 + signals.stopping if signals.stopping else 0
             loss, norm, seconds = take_step()
@@ -1228,8 +1232,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         keep_pages()
         given = parse_flags(argv)
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-            given.setdefault("resume", "newest")  # torchrun has restarted the ranks after a failure: the run goes on
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and given.get("resume") != "newest":
+            raise RunError("torchrun --max-restarts: add --resume, alone, for a restart to go on from the newest save")
         ranks = Ranks.start(given.get("device", "auto"), given.get("dist_timeout", TrainConfig.dist_timeout))
         return train(given, ranks)
     except RunError as e:  # which all ranks know of: one speaks on each host
@@ -1240,7 +1244,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"train_gpt2.py: error: {e}", file=sys.stderr)
         return 2
     except OSError as e:
-        print(f"train_gpt2.py: error: {e.filename}: {e.strerror}", file=sys.stderr)
+        print(f"train_gpt2.py: error: {RunError.of_disk(e)}", file=sys.stderr)
         return 4
     except RuntimeError as e:
         if not (isinstance(e, dist.DistError) or "/gloo/" in str(e)):

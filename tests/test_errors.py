@@ -307,6 +307,13 @@ def test_under_torchrun_one_rank_speaks(here):
     assert not (here / "log").exists()
 
 
+@pytest.mark.parametrize("flags", [(), ("--resume", "log/step_000002")])
+def test_restarts_by_torchrun_need_resume(here, capsys, monkeypatch, flags):
+    """Without it, or with a directory, each would begin at the beginning."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert "torchrun --max-restarts: add --resume, alone" in refuse(capsys, *SMALL, "--data", "text.txt", *flags)
+
+
 def test_no_exam_without_its_file_and_a_network(here, capsys, monkeypatch):
     """Neither a file nor a network: one line, and training goes on."""
     import hellaswag

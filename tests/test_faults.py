@@ -307,13 +307,12 @@ def test_a_rank_that_is_lost_ends_the_other_in_bounded_time(log, text, undisturb
 
 
 def test_torchrun_restarts_from_the_newest_save(tmp_path, text, undisturbed):
-    """A rank dies at step 33; the command has no --resume."""
+    """A rank dies at step 33."""
     log, mark = tmp_path / "log", tmp_path / "died"
     fault = f"if rank == 1 and calls == 35 and not os.path.exists({str(mark)!r}):\n"
     fault += f"    open({str(mark)!r}, 'w').close(); os.kill(os.getpid(), signal.SIGKILL)"
-    line = command(
-        with_fault(tmp_path, fault), *RUN, "--data", text, "--log_dir", log, "--micro_batch_size", 1, ranks=2
-    )
+    flags = *RUN, "--data", text, "--log_dir", log, "--micro_batch_size", 1
+    line = command(with_fault(tmp_path, fault), *flags, "--resume", ranks=2)
     line.insert(line.index("--standalone"), "--max-restarts=1")
     env = ENVIRONMENT | dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")  # as the README has it: pytorch issue 135712
     done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=200)

@@ -213,6 +213,22 @@ def test_a_difference_between_the_encoders_stops_the_run(tmp_path, parquet, monk
     assert "gigatoken differs from tiktoken on" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("fails", [2, 29])
+def test_after_a_batch_that_cannot_be_encoded_nothing_is_written(fails):
+    """Else the same command would go on after it, and leave a hole."""
+
+    def encode(texts):
+        if texts == [fails]:
+            raise fineweb.Failure("no")
+        return texts
+
+    batches, written = (fineweb.Batch([i], [0, i], 0.0) for i in range(30)), []
+    with pytest.raises(fineweb.Failure, match="no"):
+        for _, block in fineweb.encode_in_order(batches, encode, 2):
+            written += block
+    assert written == [*range(fails)]
+
+
 # The hub, as a small server on loopback
 
 IMPATIENT = """
@@ -444,6 +460,30 @@ def test_a_wrong_source_is_one_line(tmp_path, capsys, name, make, message):
     flags = "--files", tmp_path / name, "--out_dir", tmp_path / "out", "--shard_size", 50
     assert message in refuse(capsys, *flags)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "Expecting"),
+        ("[]", "no attribute"),
+        ("{}", "no complete"),
+        ('{"shards": [{}]}', "no complete, documents, n"),
+    ],
+)
+def test_what_is_no_manifest_is_one_line(tmp_path, capsys, content, message):
+    (tmp_path / "manifest.json").write_text(content)
+    (tmp_path / "x.txt").write_text("word")
+    error = f"fineweb.py: error: {tmp_path}/manifest.json: cannot be read as a manifest ("
+    for flags in ("--verify", tmp_path), ("--files", tmp_path / "x.txt", "--out_dir", tmp_path):
+        line = refuse(capsys, *flags)
+        assert line.startswith(error) and message in line
+
+
+def test_no_place_for_the_shards_is_one_line(tmp_path, capsys):
+    (tmp_path / "x.txt").write_text("word")
+    line = refuse(capsys, "--files", tmp_path / "x.txt", "--out_dir", tmp_path / "x.txt/out")
+    assert f"--out_dir {tmp_path}/x.txt/out: cannot be written to; is {tmp_path}/x.txt a directory" in line
 
 
 def test_going_on_with_other_settings_is_refused(tmp_path, capsys, parquet):

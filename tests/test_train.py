@@ -211,6 +211,23 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(tmp_path, text):
     )  # five of 12 bytes a parameter, 1.63M of them
 
 
+def test_a_dry_run_of_a_finished_run_writes_nothing_either(tmp_path, text):
+    train(text, tmp_path / "log", "--max_steps", 1)
+    (tmp_path / "log/curves.png").unlink()
+    before = sorted((tmp_path / "log").rglob("*"))
+    run("train_gpt2.py", "--log_dir", tmp_path / "log", "--resume", "--dry_run")
+    assert sorted((tmp_path / "log").rglob("*")) == before
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path, text):
+    """As in `python train_gpt2.py | head`, or when Ctrl-C ends the tee of `… | tee out` before the run."""
+    process = start(*SMALL, "--data", text, "--log_dir", tmp_path / "log")
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert (tmp_path / "log/step_000008").exists() and len(read_log(tmp_path / "log")) == 8
+
+
 def test_log_and_checkpoint(tmp_path, text):
     done = train(text, tmp_path, "--sample_every", 8, "--keep", 1, "--save_every", 2)
     lines = (tmp_path / "log.txt").read_text().splitlines()
