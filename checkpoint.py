@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch.utils._pytree import tree_map_only
 
-from model import GPT
+from model import GPT, GPT2_VOCAB_SIZE
 from tokens import first_line, sha256
 
 UNFINISHED = ".unfinished-"  # what is being written or deleted has this before its name, and is no save
@@ -37,6 +37,18 @@ class DiskError(OSError):
 
     def __str__(self) -> str:
         return f"{self.filename}: {self.strerror}"
+
+
+def pretrained(name_or_dir: str | Path) -> GPT:
+    """A model with GPT-2's vocabulary, by its directory or its name on the hub. Raises CheckpointError, in one line."""
+    try:
+        model = GPT.from_pretrained(name_or_dir)
+    except Exception as e:  # whatever a hub's client may raise, or a file that is no model
+        raise CheckpointError(f"{name_or_dir}: no GPT-2 there, or out of reach: {first_line(e)}") from None
+    if model.config.vocab_size < GPT2_VOCAB_SIZE:
+        found = model.config.vocab_size
+        raise CheckpointError(f"{name_or_dir}: has {found} tokens, not GPT-2's {GPT2_VOCAB_SIZE}")
+    return model
 
 
 def save(log_dir: Path, step: int, model: GPT, trainer_state: dict, info: dict) -> Path:

@@ -432,7 +432,9 @@ def resolve_revision(dataset: str) -> str:
     except Exception as e:  # whatever the hub's client raises
         if getattr(getattr(e, "response", None), "status_code", None) in (401, 404):
             raise Failure(f"--dataset {dataset}: no such data set on the hub") from None
-        raise Failure(f"--dataset {dataset}: the hub is out of reach: {first_line(e)}", 4) from None
+        raise Failure(
+            f"--dataset {dataset}: the hub is out of reach ({first_line(e)}); --files needs none", 4
+        ) from None
 
 
 def download(out_dir: Path, n: str) -> None:

@@ -1,7 +1,7 @@
 """HellaSwag (Zellers et al., 2019): which of four endings does the model find likeliest?
 
     python hellaswag.py --model_type gpt2 --device cuda
-    python hellaswag.py --model_type log/step_000500 --limit 1000
+    python hellaswag.py --model_type log/step_000550 --limit 1000
 
 Two ways to write a record as text go by the same name, and each is scored in two ways:
 
@@ -28,8 +28,9 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+import checkpoint
 from model import GPT, keep_pages
-from tokens import first_line, gpt2_encoding
+from tokens import gpt2_encoding
 
 FILE = Path(__file__).resolve().parent / "hellaswag" / "hellaswag_val.jsonl"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -312,9 +313,9 @@ def report(args: argparse.Namespace) -> int:
     if not path.is_file():
         raise HellaSwagError(f"--data {path}: no such file")
     try:
-        model = GPT.from_pretrained(args.model_type).eval().to(args.device)
-    except Exception as e:  # whatever a hub's client may raise, or a file that is no model
-        raise HellaSwagError(f"--model_type {args.model_type}: {first_line(e)}") from None
+        model = checkpoint.pretrained(args.model_type).eval().to(args.device)
+    except checkpoint.CheckpointError as e:
+        raise HellaSwagError(f"--model_type {e}") from None
     torch.set_float32_matmul_precision("high")
     model.to(getattr(torch, args.dtype))
     batch_tokens = args.batch_tokens or (65536 if args.device.startswith("cuda") else 1024)

@@ -424,8 +424,12 @@ def _is_conv1d(name: str, p: torch.Tensor) -> bool:
 
 def _find(name_or_dir: str | Path, filename: str) -> Path:
     """A file of a model: in its directory, or in the hub's cache, downloaded if need be."""
-    if Path(name_or_dir).is_dir():
-        return Path(name_or_dir) / filename
+    path = Path(name_or_dir)
+    if path.is_dir():
+        return path / filename
+    if path.parent != Path() and path.parent.is_dir():  # a path, then, and not user/model
+        there = ", ".join(sorted(p.parent.name for p in path.parent.glob("*/config.json")))
+        raise FileNotFoundError(f"no such directory; in {path.parent} there is {there or 'no model'}")
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(str(name_or_dir), filename))

@@ -189,6 +189,9 @@ def draw(log_dirs: list[Path], file: Path, reference: list[Run] | None = None) -
 
     greys = dict(training="0.55", validation="0.25")
     for name, band in bands(reference).items() if reference else ():
+        band = {step: bounds for step, bounds in band.items() if step <= runs[0].columns["step"][-1] + 1}
+        if not band:
+            continue
         back = BLOCK / 2 if name == "training" else 0  # a mean over steps belongs to their middle
         at = [(step - back) * runs[0].tokens_per_step / tokens for step in band]
         look = dict(label=f"normal {name} loss of {reference[0].config['preset']}", color=greys[name], alpha=0.35)
@@ -197,14 +200,14 @@ def draw(log_dirs: list[Path], file: Path, reference: list[Run] | None = None) -
     for name, label in ("loss by tokens", tokens_label), ("loss by time", time_label):
         axes[name].set(xlabel=label, ylabel="loss (nats): training lines, validation dots")
         # The first fiftieth, which falls from 11, would leave no room for the rest.
-        axes[name].set_ylim(top=max(run.columns["loss"][len(run.columns["loss"]) // 50] for run in runs))
+        axes[name].set_ylim(top=1.02 * max(run.columns["loss"][len(run.columns["loss"]) // 50] for run in runs))
         if any("fineweb" in run.data for run in runs):
             mark(axes[name], GPT2_LOSS)
     axes["loss by tokens"].legend(frameon=False, loc="upper right")
     axes["lr"].set(xlabel=tokens_label, ylabel="learning rate")
     axes["lr"].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     axes["norm"].set(xlabel=tokens_label, ylabel="norm of the gradient", yscale="log")
-    axes["norm"].yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+    axes["norm"].yaxis.set(major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)), major_formatter="{x:g}")
     axes["norm"].minorticks_off()
     if "hella" in axes:
         axes["hella"].set(xlabel=tokens_label, ylabel="HellaSwag (% right)")
@@ -248,6 +251,8 @@ def main(argv: list[str] | None = None) -> int:
     file = args.out or (args.log_dirs[0] / "curves.png" if len(args.log_dirs) == 1 else Path("curves.png"))
     if args.check and len(args.log_dirs) > 1:
         parser.error("--check takes one log directory")
+    if file.suffix != ".png":
+        parser.error(f"--out {file}: the picture is a PNG; its name has to end in .png")
     normal, reference = True, None
     try:
         if args.check:

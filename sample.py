@@ -1,11 +1,10 @@
 """Let a model write: a save of yours, or a published GPT-2.
 
-python sample.py                                       the newest save in log/, from <|endoftext|> on
+python sample.py                                       the newest save in log/ asks for prompts; Ctrl-C stops a text
 python sample.py --model gpt2 --prompt "Hello, I'm"    a model of the Hugging Face hub
 python sample.py --prompt_file beginning.txt --num_samples 3
 echo "Once upon a time" | python sample.py
-
-At a terminal and without a prompt it asks for one, again and again; Ctrl-C stops a text, Ctrl-D ends.
+python sample.py --prompt ""                           from <|endoftext|> on, as at the beginning of a document
 """
 
 import argparse
@@ -19,8 +18,8 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from model import GPT, GPT2_VOCAB_SIZE
-from tokens import END_OF_TEXT, first_line, gpt2_encoding
+from model import GPT
+from tokens import END_OF_TEXT, gpt2_encoding
 
 
 class SampleError(Exception):
@@ -35,12 +34,9 @@ def load(name_or_dir: str | None, device: torch.device) -> GPT:
             raise SampleError("no save in log/: train one with python train_gpt2.py, or try --model gpt2")
         name_or_dir = saves[-1]
     try:
-        model = GPT.from_pretrained(name_or_dir)
-    except Exception as e:  # whatever a hub's client may raise, or a file that is no model
-        raise SampleError(f"--model {name_or_dir}: no GPT-2 there, or out of reach: {first_line(e)}") from None
-    if model.config.vocab_size < GPT2_VOCAB_SIZE:
-        raise SampleError(f"--model {name_or_dir}: has {model.config.vocab_size} tokens, not GPT-2's {GPT2_VOCAB_SIZE}")
-    return model.eval().to(device)
+        return checkpoint.pretrained(name_or_dir).eval().to(device)
+    except checkpoint.CheckpointError as e:
+        raise SampleError(f"--model {e}") from None
 
 
 def pieces(tokens: Iterator[int], stop: str | None) -> Iterator[str]:
@@ -123,11 +119,11 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu, cuda, mps (default: the fastest there is)")
     parser.error = lambda message: parser.exit(2, f"sample.py: error: {message}; see --help\n")
     args = parser.parse_args(argv)
-    bounds = dict(num_samples=1, max_new_tokens=1, temperature=0, top_k=0, top_p=1e-6, seed=0)
-    for flag, low in bounds.items():
+    bounds = dict(num_samples=(1, 1e6), max_new_tokens=(1, 1e6), temperature=(0, 100), top_k=(0, 50257))
+    for flag, (low, high) in (bounds | dict(top_p=(1e-6, 1), seed=(0, 1e18))).items():
         value = getattr(args, flag)
-        if value is not None and not low <= value < 2**63:  # NaN, too
-            raise SampleError(f"--{flag} {value}: must be from {low:g} to 2^63")
+        if value is not None and not low <= value <= high:  # NaN, too
+            raise SampleError(f"--{flag} {value}: must be from {low:g} to {high:g}")
     args.top_k = args.top_k or None
     if args.prompt is not None and args.prompt_file:
         raise SampleError("--prompt and --prompt_file: one of them, please")

@@ -119,7 +119,9 @@ class TrainConfig:
         "defaults, and a constant learning rate of 3e-5)",
         metavar="MODEL",
     )
-    resume: str | None = option(None, "go on from a save: the one in DIR, or without it the newest in log_dir")
+    resume: str | None = option(
+        None, "go on from the save DIR, such as log/step_000110, or without DIR from the newest in log_dir"
+    )
     max_steps: int | None = option(
         None, "optimizer steps; 0 only evaluates (default: 19,073, or one epoch of shards under 9.5B tokens)"
     )
@@ -411,26 +413,26 @@ def find_save(given: dict) -> tuple[Path | None, dict | None, list[str]]:
     if given.get("resume") is None:
         return None, None, []
     if given["resume"] == "newest":
-        directory, record, passed_over = checkpoint.newest(Path(given.get("log_dir", TrainConfig.log_dir)))
-        return directory, record, [f"passed over a save: {reason}" for reason in passed_over]
+        log_dir = Path(given.get("log_dir", TrainConfig.log_dir))
+        directory, record, passed_over = checkpoint.newest(log_dir)
+        notes = [f"passed over a save: {reason}" for reason in passed_over]
+        return directory, record, notes + [f"no save in {log_dir}/: this is a new run"] * (directory is None)
+    directory = Path(given["resume"])
+    if not (directory / "checkpoint.json").exists():
+        there = ", ".join(map(str, checkpoint.saves(directory if directory.is_dir() else directory.parent).values()))
+        raise RunError(f"--resume {directory}: no save; {f'there is {there}' if there else 'see --help'}")
     try:
-        return Path(given["resume"]), checkpoint.verify(Path(given["resume"])), []
+        return directory, checkpoint.verify(directory), []
     except checkpoint.CheckpointError as e:
-        raise RunError(f"--resume {given['resume']}: {e}; --resume alone takes the newest that verifies") from None
+        raise RunError(f"--resume {directory}: {e}; --resume alone takes the newest that verifies") from None
 
 
 def load_pretrained(name_or_dir: str) -> GPT:
     """The model that --init_from names. Raises RunError."""
     try:
-        model = GPT.from_pretrained(name_or_dir)
-    except Exception as e:  # whatever a hub's client may raise, or a file that is no model
-        reason = first_line(e)
-        raise RunError(f"--init_from {name_or_dir}: no GPT-2 there, or out of reach: {reason}") from None
-    if model.config.vocab_size < GPT2_VOCAB_SIZE:
-        raise RunError(
-            f"--init_from {name_or_dir}: has {model.config.vocab_size} tokens, not GPT-2's {GPT2_VOCAB_SIZE}"
-        )
-    return model
+        return checkpoint.pretrained(name_or_dir)
+    except checkpoint.CheckpointError as e:
+        raise RunError(f"--init_from {e}") from None
 
 
 def request(
@@ -540,7 +542,10 @@ def changes(config: TrainConfig, data: Data, ranks: Ranks, directory: Path, reco
     if record["data"] != data.fingerprint:
         fixed.append(f"the data {old['data']} → {new['data']}, which has other tokens")
     if fixed:
-        raise RunError(f"--resume {directory}: these may not change in mid-run: {', '.join(fixed)}; start a new run?")
+        changed = ", ".join(fixed)
+        raise RunError(
+            f"--resume {directory}: these may not change in mid-run: {changed}; --init_from begins a new one"
+        )
     return ", ".join(lines.values()) or "nothing changed"
 
 
@@ -887,15 +892,22 @@ class RunLog:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
             checkpoint.clean(self.dir)
-            if resumed is not None and resumed.parent.resolve() == self.dir.resolve():
+            here = resumed is not None and resumed.parent.resolve() == self.dir.resolve()
+            if here:
                 for line in checkpoint.set_aside(self.dir, resumed, step):
                     self.say(line)
+            elif old := checkpoint.archive(self.dir):
+                saved = [*checkpoint.saves(old).values()]
+                back = f"; --resume {saved[-1]} would go on with it" if saved else ""
+                self.say(f"the run that was in {self.dir} is now in {old}{back}")
+            if resumed is not None:
+                for name in ("log.txt", "steps.csv") if not here else ():
+                    if (resumed.parent / name).exists():
+                        shutil.copy(resumed.parent / name, self.dir)
                 again = dict(val=self.config.eval_every, hella=self.config.hellaswag_every)
                 kept = tuple(kind for kind, every in again.items() if not is_due(every, step, self.config.max_steps))
                 checkpoint.cut_log(self.dir / "log.txt", step, kept)
                 checkpoint.cut_log(self.dir / "steps.csv", step)
-            elif old := checkpoint.archive(self.dir):
-                self.say(f"the run that was in {self.dir} is now in {old} (to go on with one, add --resume)")
             (self.dir / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             # Line by line: what is written is on its way to the disk, whatever happens to this process.
             self.files = [
@@ -1006,13 +1018,14 @@ def introduce(
     by_default += ", as there are no shards in edu_fineweb10B/" if by_default and data.is_text else ""
     tokens, B = config.max_steps * config.total_batch_size, config.micro_batch_size
     accumulate = config.total_batch_size // (B * config.seq_len * ranks.size)
+    plan = f"{config.max_steps:,} steps of {config.total_batch_size:,} tokens, {tokens / data.n_tokens:.2f} epochs"
+    plan += "; nothing is written" if config.dry_run else f"; log and saves in {config.log_dir}/"
     return [
         f"preset   {config.preset} ({why})",
         f"model    {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, context {config.seq_len}, "
         f"{model.num_parameters() / 1e6:,.2f}M parameters{origin}",
         f"data     {config.data} ({kind}{by_default}): {data.n_tokens:,} training tokens",
-        f"run      {config.max_steps:,} steps of {config.total_batch_size:,} tokens, "
-        f"{tokens / data.n_tokens:.2f} epochs; log and saves in {config.log_dir}/",
+        f"run      {plan if config.max_steps else 'no steps: it only evaluates, and writes nothing'}",
         f"compute  {ranks.size} × {config.device}, {config.dtype}, {accumulate} × {B} rows a step, "
         f"{f'not compiled: {eager}' if eager else 'compiling (the first time takes a minute)'}",
         f"GPT-2 124M in full: {FULL_RUN}",

@@ -82,7 +82,7 @@ def refuse(capsys, *flags, status: int = 2, said: str = "") -> str:
         ("--device cuda", "--device cuda: PyTorch finds no such device here"),
         ("--log_dir text.txt", "--log_dir text.txt: text.txt is a file, not a directory"),
         ("--log_dir text.txt/log", "--log_dir text.txt/log: "),
-        ("--resume nowhere", "--resume nowhere: nowhere/checkpoint.json: expected a save's record, found none"),
+        ("--resume nowhere", "--resume nowhere: no save; see --help"),
     ],
 )
 def test_wrong_flags(here, capsys, monkeypatch, flags, message):
@@ -212,7 +212,7 @@ def test_resuming_as_another_run(here, saved, capsys, flags, message):
     (here / "other.txt").write_text((here / "text.txt").read_text() + "more")
     given = ["--device", "cpu", "--resume", "--dtype", "float32"]
     line = refuse(capsys, *given, *flags.split())
-    assert message in line and "may not change in mid-run" in line
+    assert message in line and "these may not change" in line
 
 
 def test_resuming_a_save_that_is_older_than_some_options(here, saved, capsys):
@@ -229,6 +229,10 @@ def test_resuming_a_save_that_is_older_than_some_options(here, saved, capsys):
 
 
 def test_resuming_from_what_is_no_save(here, saved, capsys):
+    there = f"no save; there is {saved}/log/step_000002"
+    for name in "log", "log/step_000001":
+        line = refuse(capsys, "--resume", saved / name, "--device", "cpu")
+        assert f"--resume {saved / name}: {there}" in line
     shutil.copytree(saved / "log/step_000002", here / "save")
     with open(here / "save/model.safetensors", "r+b") as f:
         f.seek(5000)

@@ -160,6 +160,7 @@ def test_the_script(saved, tmp_path):
     "flags, message",
     [
         (["-m", "nowhere/at/all"], "--model_type nowhere/at/all: "),
+        (["-m", "FEW"], "has 1000 tokens, not GPT-2's 50257"),
         (["-m", "MODEL", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["-m", "MODEL", "-d", "cuda"], "--device cuda: PyTorch finds no such device here"),
         (["-m", "MODEL", "-d", "gpu"], "--device gpu: PyTorch finds no such device here"),
@@ -173,8 +174,10 @@ def test_the_script(saved, tmp_path):
         ),
     ],
 )
-def test_the_script_s_errors_are_one_line(saved, capsys, flags, message):
-    flags = [saved if flag == "MODEL" else flag for flag in flags]
+def test_the_script_s_errors_are_one_line(saved, tmp_path, capsys, flags, message):
+    if "FEW" in flags:
+        GPT(GPTConfig(8, 1000, 1, 1, 8)).save_pretrained(tmp_path)
+    flags = [dict(MODEL=saved, FEW=tmp_path).get(flag, flag) for flag in flags]
     if "--data" not in flags:
         flags += ["--data", RECORDS]
     try:

@@ -115,10 +115,14 @@ def test_a_reader_that_has_seen_enough(saved):
     [
         ("--prompt x", "no save in log/: train one with python train_gpt2.py"),
         ("--prompt x --model nowhere/at/all", "--model nowhere/at/all: no GPT-2 there, or out of reach"),
-        ("--prompt x --temperature nan", "--temperature nan: must be from 0 to"),
+        ("--prompt x --temperature nan", "--temperature nan: must be from 0 to 100"),
         ("--prompt x --num_samples 0", "--num_samples 0: must be from 1 to"),
-        ("--prompt x --top_p 0", "--top_p 0.0: must be from 1e-06 to"),
-        ("--prompt x --seed 99999999999999999999999", "must be from 0 to 2^63"),
+        ("--prompt x --top_p 0", "--top_p 0.0: must be from 1e-06 to 1"),
+        ("--prompt x --seed 99999999999999999999999", "--seed 99999999999999999999999: must be from 0 to 1e+18"),
+        (
+            "--prompt x --model ../x/garbag",
+            "no GPT-2 there, or out of reach: no such directory; in ../x there is garbage",
+        ),
         ("--prompt x --model garbage", "--model garbage: no GPT-2 there, or out of reach"),
         ("--prompt x --prompt_file y", "--prompt and --prompt_file: one of them"),
         ("--prompt_file nowhere.txt", "--prompt_file nowhere.txt: No such file or directory"),
@@ -128,6 +132,8 @@ def test_a_reader_that_has_seen_enough(saved):
     ],
 )
 def test_errors_are_one_line(tmp_path, monkeypatch, capsys, flags, message):
+    tmp_path /= "x"
+    tmp_path.mkdir()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "latin1.txt").write_bytes("aß".encode("latin1"))
     (tmp_path / "garbage").mkdir()

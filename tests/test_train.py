@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -288,6 +289,14 @@ def test_an_older_run_is_moved_aside_and_nothing_else(tmp_path, text):
         "curves.png", "log.txt", "run.json", "step_000004", "step_000008", "steps.csv",
     ]  # fmt: skip
     assert (tmp_path / "notes.md").read_text() == "mine" and len(read_log(tmp_path)) == 2
+
+    (line,) = [line for line in done.stdout.splitlines() if " is now in " in line]
+    _, flag, save, *_ = line[line.index("; ") :].split()
+    assert Path(save) == old / "step_000008"
+    elsewhere = tmp_path / "elsewhere"  # with a whole curve
+    run("train_gpt2.py", flag, save.replace("08", "04"), "--log_dir", elsewhere, "--data", text)
+    assert (elsewhere / "log.txt").read_bytes() == log and len((elsewhere / "steps.csv").read_text().splitlines()) == 9
+    assert (elsewhere / "step_000008/model.safetensors").read_bytes() == Path(save, "model.safetensors").read_bytes()
 
 
 def test_fine_tuning_takes_the_shape_from_the_model(tmp_path, text):
