@@ -491,17 +491,20 @@ def resolve(config: TrainConfig, data: Data, ranks: Ranks) -> TrainConfig:
             f"{divisor_up_to(config.n_head, config.n_embd)} would"
         )
 
-    B = config.micro_batch_size
-    unit = (B or 1) * T * ranks.size
-    if total % unit:
-        near = " and ".join(str(n * unit) for n in (total // unit, total // unit + 1) if n)
-        whole, rest = divmod(total, unit // ranks.size)
-        fits = f", or {divisor_up_to(ranks.size, whole)} ranks" if ranks.size > 1 and rest == 0 else ""
+    B, (rows, rest) = config.micro_batch_size, divmod(total, T * ranks.size)
+    if rest:
+        near = " and ".join(str(n * T * ranks.size) for n in (rows, rows + 1) if n)
+        fits = f", or {divisor_up_to(ranks.size, total // T)} ranks" if ranks.size > 1 and total % T == 0 else ""
         raise RunError(
-            f"--total_batch_size {total}: not a multiple of {unit} = {f'micro_batch_size {B} × ' if B else ''}"
-            f"seq_len {T} × {ranks.size} rank{'s' * (ranks.size > 1)}; {near} would be{fits}"
+            f"--total_batch_size {total}: not a multiple of {T * ranks.size} = seq_len {T} × {ranks.size} "
+            f"rank{'s' * (ranks.size > 1)}; {near} would be{fits}"
         )
-    B = B or divisor_up_to(rows_that_fit(config, ranks), total // (T * ranks.size))
+    if B and rows % B:
+        raise RunError(
+            f"--micro_batch_size {B}: does not divide the {rows} rows of a step and rank; "
+            f"{divisor_up_to(B, rows)} would"
+        )
+    B = B or divisor_up_to(rows_that_fit(config, ranks), rows)
     device, dtype = ranks.device.type, choose_dtype(config.dtype, ranks.device)
     return replace(
         config, max_steps=steps, min_lr=min_lr, warmup_steps=warmup, micro_batch_size=B, device=device, dtype=dtype

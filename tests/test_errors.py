@@ -72,7 +72,7 @@ def refuse(capsys, *flags, status: int = 2, said: str = "") -> str:
         ),
         (
             "--total_batch_size 256 --seq_len 32 --micro_batch_size 3",
-            "not a multiple of 96 = micro_batch_size 3 × seq_len 32 × 1 rank; 192 and 288 would be",
+            "--micro_batch_size 3: does not divide the 8 rows of a step and rank; 2 would",
         ),
         ("--data nowhere", "--data nowhere: no such file or directory"),
         ("--seq_len 9999 --total_batch_size 9999", "text.txt: 2025 tokens are too few for a row of --seq_len 9999"),
