@@ -35,7 +35,7 @@ import fineweb
 import hellaswag
 import train_gpt2
 from model import GPT, GPT2_VOCAB_SIZE, GPTConfig, keep_pages, sample
-from tokens import END_OF_TEXT, gpt2_encoding
+from tokens import END_OF_TEXT, UserError, gpt2_encoding
 
 ROOT = Path(__file__).resolve().parent
 
@@ -335,7 +335,7 @@ def main() -> None:
     if "hellaswag" in names and not args.data:
         try:
             args.data = hellaswag.find_file()
-        except hellaswag.HellaSwagError as e:
+        except UserError as e:
             parser.error(f"hellaswag: {e}, or name one with --data")
     print(f"{args.device}, {torch.get_num_threads()} threads, {args.dtype}, torch {torch.__version__}")
     figures = {}

@@ -23,12 +23,12 @@ from safetensors import SafetensorError
 from torch.utils._pytree import tree_map_only
 
 from model import GPT, GPT2_VOCAB_SIZE
-from tokens import first_line, sha256
+from tokens import UserError, first_line, sha256
 
 UNFINISHED = ".unfinished-"  # what is being written or deleted has this before its name, and is no save
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """A save that cannot be trusted; the message names the file, what was expected and what was found."""
 
 
@@ -39,15 +39,14 @@ class DiskError(OSError):
         return f"{self.filename}: {self.strerror}"
 
 
-def pretrained(name_or_dir: str | Path) -> GPT:
-    """A model with GPT-2's vocabulary, by its directory or its name on the hub. Raises CheckpointError, in one line."""
+def pretrained(name_or_dir: str | Path, flag: str) -> GPT:
+    """The model with GPT-2's vocabulary that this flag names, by its directory or on the hub. Raises UserError."""
     try:
         model = GPT.from_pretrained(name_or_dir)
     except Exception as e:  # whatever a hub's client may raise, or a file that is no model
-        raise CheckpointError(f"{name_or_dir}: no GPT-2 there, or out of reach: {first_line(e)}") from None
+        raise UserError(f"{flag} {name_or_dir}: no GPT-2 there, or out of reach: {first_line(e)}") from None
     if model.config.vocab_size < GPT2_VOCAB_SIZE:
-        found = model.config.vocab_size
-        raise CheckpointError(f"{name_or_dir}: has {found} tokens, not GPT-2's {GPT2_VOCAB_SIZE}")
+        raise UserError(f"{flag} {name_or_dir}: has {model.config.vocab_size} tokens, not GPT-2's {GPT2_VOCAB_SIZE}")
     return model
 
 

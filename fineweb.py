@@ -35,7 +35,7 @@ from tqdm import tqdm
 from tokens import (
     END_OF_TEXT,
     SHA256,
-    ShardError,
+    UserError,
     first_line,
     gpt2_encoding,
     open_shard,
@@ -47,14 +47,6 @@ from tokens import (
 ROOT = Path(__file__).resolve().parent
 PRETOKENIZED = "kjj0/finewebedu10B-gpt2"
 BATCH = 256  # documents that are read, encoded and counted together
-
-
-class Failure(Exception):
-    """What ends a preparation with one line for its user, and this exit status: 2 usage, 4 disk or network."""
-
-    def __init__(self, message: str, status: int = 2):
-        super().__init__(message)
-        self.status = status
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -71,7 +63,7 @@ class Batch:
 
 
 def read_files(paths: list[Path], column: str, place: list[int] | None) -> Iterator[Batch]:
-    """The documents of local files from place on: [file, document in it]. Raises Failure, naming file and document."""
+    """The documents of local files from place on: [file, document in it]. UserErrors name file and document."""
     first_file, first_document = place or (0, 0)
     sizes = [p.stat().st_size for p in paths]
     readers = {".parquet": read_parquet, ".jsonl": read_jsonl, ".json": read_jsonl, ".txt": read_text}
@@ -84,10 +76,10 @@ def read_files(paths: list[Path], column: str, place: list[int] | None) -> Itera
 
 
 def check_texts(texts: list, first: int, column: str, source: str) -> None:
-    """Raise Failure, naming the document, if one of these, the first of which has that number, is anything but text."""
+    """Raise UserError, naming the document, if one of these, the first of which has that number, is no text."""
     for n, text in enumerate(texts, start=first):
         if not isinstance(text, str):
-            raise Failure(f"{source}: document {n:,} has {text!r} in {column}, which is not text")
+            raise UserError(f"{source}: document {n:,} has {text!r} in {column}, which is not text")
 
 
 def read_parquet(path: Path, column: str, skip: int) -> Iterator[tuple[int, list, float]]:
@@ -98,7 +90,7 @@ def read_parquet(path: Path, column: str, skip: int) -> Iterator[tuple[int, list
     try:
         with pq.ParquetFile(path) as file:
             if column not in file.schema_arrow.names:
-                raise Failure(f"{path}: has no column {column}, but {', '.join(file.schema_arrow.names)}")
+                raise UserError(f"{path}: has no column {column}, but {', '.join(file.schema_arrow.names)}")
             n, total = 0, file.metadata.num_rows
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
@@ -112,7 +104,7 @@ def read_parquet(path: Path, column: str, skip: int) -> Iterator[tuple[int, list
                         yield start, texts[start - n :], start / total
                     n += len(texts)
     except (pa.ArrowException, OSError) as e:
-        raise Failure(f"{path}: cannot be read as parquet ({str(e).splitlines()[0]})") from None
+        raise UserError(f"{path}: cannot be read as parquet ({str(e).splitlines()[0]})") from None
 
 
 def read_jsonl(path: Path, column: str, skip: int) -> Iterator[tuple[int, list, float]]:
@@ -127,9 +119,9 @@ def read_jsonl(path: Path, column: str, skip: int) -> Iterator[tuple[int, list, 
                 record = json.loads(line)
                 texts.append(record[column])
             except KeyError:
-                raise Failure(f"{path}: document {n:,} has no {column}, but {', '.join(record)}") from None
+                raise UserError(f"{path}: document {n:,} has no {column}, but {', '.join(record)}") from None
             except (ValueError, TypeError) as e:
-                raise Failure(f"{path}: document {n:,} is not a JSON object ({e})") from None
+                raise UserError(f"{path}: document {n:,} is not a JSON object ({e})") from None
             if len(texts) == BATCH:
                 yield n - BATCH + 1, [whole(t) for t in texts], share
                 texts, share = [], tell() / size
@@ -144,7 +136,7 @@ def read_text(path: Path, column: str, skip: int) -> Iterator[tuple[int, list, f
             try:
                 yield 0, [file.read().decode("utf-8")], 0.0
             except UnicodeDecodeError as e:
-                raise Failure(f"{path}: not UTF-8 text (byte {e.start:,})") from None
+                raise UserError(f"{path}: not UTF-8 text (byte {e.start:,})") from None
 
 
 @contextlib.contextmanager
@@ -157,7 +149,7 @@ def open_compressed(path: Path) -> Iterator[tuple[io.BufferedIOBase, Callable[[]
         with open(path, "rb") as raw:
             yield io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), kind)) if kind else raw, raw.tell
     except OSError as e:
-        raise Failure(f"{path}: cannot be read ({e})") from None
+        raise UserError(f"{path}: cannot be read ({e})") from None
 
 
 def whole(text: object) -> object:
@@ -171,14 +163,14 @@ def read_hub(
     dataset: str, name: str | None, split: str, column: str, revision: str, place: list[int] | None
 ) -> Iterator[Batch]:
     """The documents of a data set on the Hugging Face hub from place on: [file, document in it]. They are streamed, so
-    that no copy of it lands on the disk. Raises Failure."""
+    that no copy of it lands on the disk. Raises UserError."""
     from datasets import load_dataset
 
     first_file, first_document = place or (0, 0)
     try:
         stream = load_dataset(dataset, name=name, split=split, revision=revision, streaming=True)
         if stream.column_names and column not in stream.column_names:
-            raise Failure(f"--text_column {column}: {dataset} has {', '.join(stream.column_names)}")
+            raise UserError(f"--text_column {column}: {dataset} has {', '.join(stream.column_names)}")
         stream = stream.select_columns([column]).with_format("arrow")
         for i in range(first_file, stream.num_shards):  # source files; not shards of ours
             file, n = stream.shard(stream.num_shards, i), 0
@@ -188,12 +180,12 @@ def read_hub(
                     check_texts(texts, n, column, f"{dataset}, file {i:,}")
                     yield Batch(texts, [i, n], i / stream.num_shards)
                 n += len(table)
-    except Failure:
+    except UserError:
         raise
     except ValueError as e:  # no such configuration, split or column
-        raise Failure(f"--dataset {dataset}: {first_line(e)}") from None
+        raise UserError(f"--dataset {dataset}: {first_line(e)}") from None
     except Exception as e:  # whatever the hub's client raises when the network fails
-        raise Failure(f"--dataset {dataset}: {first_line(e)}; the same command goes on from here", 4) from None
+        raise UserError(f"--dataset {dataset}: {first_line(e)}; the same command goes on from here", 4) from None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -232,7 +224,7 @@ def make_gigatoken() -> Encoder:
         block[is_token] = tokens
         expected = encode_tiktoken(texts[:1])
         if not np.array_equal(block[: len(expected)], expected):
-            raise Failure(f"gigatoken differs from tiktoken on {texts[0][:80]!r}…; uninstall it, and report this", 1)
+            raise UserError(f"gigatoken differs from tiktoken on {texts[0][:80]!r}…; uninstall it, and report this", 1)
         return block
 
     return encode
@@ -249,7 +241,7 @@ def encode_in_order(batches: Iterable[Batch], encode: Encoder, num_proc: int) ->
                 if len(waiting) > 4 * num_proc:
                     yield waiting[0][0], waiting[0][1].result()
                     waiting.popleft()  # not before: where this one fails, nothing later may follow
-        except Failure as e:
+        except UserError as e:
             failure = e
         for batch, block in waiting:  # what was read before a failure is kept
             yield batch, block.result()
@@ -273,7 +265,7 @@ class Output:
         self.manifest = dict(settings, shards=[], documents=0, complete=False, place=None, tokens_written=0)
         existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
         if not (existing.is_dir() and os.access(existing, os.W_OK)):
-            raise Failure(f"--out_dir {directory}: cannot be written to; is {existing} a directory of yours?")
+            raise UserError(f"--out_dir {directory}: cannot be written to; is {existing} a directory of yours?")
         if (directory / "manifest.json").exists():
             self.manifest = read_manifest(directory)
             changed = [
@@ -282,9 +274,11 @@ class Output:
                 if self.manifest.get(key) != value
             ]
             if changed:
-                raise Failure(f"{directory} was begun with other settings: {', '.join(changed)}; use another --out_dir")
+                raise UserError(
+                    f"{directory} was begun with other settings: {', '.join(changed)}; use another --out_dir"
+                )
         elif directory.exists() and any(p.suffix in (".npy", ".bin") for p in directory.iterdir()):
-            raise Failure(f"{directory}: holds shards but no manifest.json to go on from; use another --out_dir")
+            raise UserError(f"{directory}: holds shards but no manifest.json to go on from; use another --out_dir")
         self.buffer = np.empty(settings["shard_size"], dtype=np.uint16)
         self.filled = 0
 
@@ -314,7 +308,7 @@ class Output:
             for partial in self.directory.glob("*.partial"):
                 partial.unlink(missing_ok=True)
             free, needed = shutil.disk_usage(self.directory).free, 2 * self.filled
-            raise Failure(
+            raise UserError(
                 f"{self.directory / name}: {e.strerror}: it takes {needed:,} bytes and {free:,} are free; "
                 "all shards so far are kept, and the same command goes on after them",
                 4,
@@ -326,7 +320,7 @@ class Output:
         tokens = sum(shard["tokens"] for shard in self.manifest["shards"]) + self.filled
         if tokens <= len(self.buffer):
             hint = f"try --shard_size {max(1, tokens // 10)}" if tokens > 1 else "is the source empty?"
-            raise Failure(f"{tokens:,} tokens leave none to train on at --shard_size {len(self.buffer)}; {hint}")
+            raise UserError(f"{tokens:,} tokens leave none to train on at --shard_size {len(self.buffer)}; {hint}")
         if self.filled:
             self.flush(None, 0, documents)
         for key in "place", "tokens_written":
@@ -350,7 +344,7 @@ def write_manifest(directory: Path, manifest: dict) -> None:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Read, encode and write, from the beginning or from where the manifest says. Raises Failure."""
+    """Read, encode and write, from the beginning or from where the manifest says. Raises UserError."""
     if args.files:
         paths = expand(args.files)
         source = dict(files=[[p.name, p.stat().st_size] for p in paths])
@@ -415,11 +409,13 @@ def expand(patterns: list[str]) -> list[Path]:
     for pattern in patterns:
         found = sorted(glob.glob(pattern, recursive=True))
         if not found:
-            raise Failure(f"--files {pattern}: no such file")
+            raise UserError(f"--files {pattern}: no such file")
         paths += map(Path, found)
     for path in paths:
         if not {".parquet", ".jsonl", ".json", ".txt"} & set(path.suffixes[-2:]) or not path.is_file():
-            raise Failure(f"--files {path}: neither .parquet nor .jsonl nor .txt (.gz and .zst of these are read, too)")
+            raise UserError(
+                f"--files {path}: neither .parquet nor .jsonl nor .txt (.gz and .zst of these are read, too)"
+            )
     return paths
 
 
@@ -431,8 +427,8 @@ def resolve_revision(dataset: str) -> str:
         return HfApi().dataset_info(dataset).sha
     except Exception as e:  # whatever the hub's client raises
         if getattr(getattr(e, "response", None), "status_code", None) in (401, 404):
-            raise Failure(f"--dataset {dataset}: no such data set on the hub") from None
-        raise Failure(
+            raise UserError(f"--dataset {dataset}: no such data set on the hub") from None
+        raise UserError(
             f"--dataset {dataset}: the hub is out of reach ({first_line(e)}); --files needs none", 4
         ) from None
 
@@ -459,21 +455,21 @@ def download(out_dir: Path, n: str) -> None:
                     partial.replace(path)
                     break
             else:
-                raise Failure(f"{path}: downloaded three times, each time with a wrong SHA-256; try again later", 4)
+                raise UserError(f"{path}: downloaded three times, each time with a wrong SHA-256; try again later", 4)
             shards.append(dict(name=name, tokens=len(open_shard(path)), sha256=sha[name]))
         source = dict(dataset=PRETOKENIZED, revision=info.sha)
         manifest = dict(source=source, tokenizer=SHA256, documents=0, shards=shards, complete=True)
         write_manifest(out_dir, manifest)
         shutil.rmtree(out_dir / ".download", ignore_errors=True)
-    except Failure:
+    except UserError:
         raise
     except Exception as e:  # whatever the hub's client raises
-        raise Failure(f"{PRETOKENIZED}: {first_line(e)}; the same command goes on from here", 4) from None
+        raise UserError(f"{PRETOKENIZED}: {first_line(e)}; the same command goes on from here", 4) from None
     print(f"{out_dir} has {sum(s['tokens'] for s in shards):,} tokens in {len(shards)} shards")
 
 
 def verify(directory: Path) -> None:
-    """Hash every shard of a directory against its manifest. Raises Failure, naming all that differ."""
+    """Hash every shard of a directory against its manifest. Raises UserError, naming all that differ."""
     manifest = read_manifest(directory)
     wrong = []
     for shard in tqdm(manifest["shards"], unit="shard"):
@@ -483,7 +479,7 @@ def verify(directory: Path) -> None:
         elif sha256(path) != shard["sha256"]:
             wrong.append(f"{path.name} does not match its SHA-256")
     if wrong:
-        raise Failure(f"{directory}: {', '.join(wrong)}")
+        raise UserError(f"{directory}: {', '.join(wrong)}")
     print(f"{directory}: all {len(manifest['shards'])} shards are as written")
 
 
@@ -522,20 +518,20 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for flag in "shard_size", "num_proc", "limit_tokens":
             if getattr(args, flag) is not None and getattr(args, flag) < 1:
-                raise Failure(f"--{flag} {getattr(args, flag)}: must be at least 1")
+                raise UserError(f"--{flag} {getattr(args, flag)}: must be at least 1")
         if args.dataset == parser.get_default("dataset"):
             args.name = args.name or "sample-10BT"
         if args.verify:
             verify(args.verify)
         elif args.pretokenized:
             if args.pretokenized != "all" and not args.pretokenized.isdecimal():
-                raise Failure(f"--pretokenized {args.pretokenized}: a number of shards, or all")
+                raise UserError(f"--pretokenized {args.pretokenized}: a number of shards, or all")
             download(args.out_dir, args.pretokenized)
         else:
             prepare(args)
-    except (Failure, ShardError) as e:
+    except UserError as e:
         print(f"fineweb.py: error: {e}", file=sys.stderr)
-        return getattr(e, "status", 2)
+        return e.status
     except KeyboardInterrupt:
         print("interrupted; the same command goes on after the last whole shard", file=sys.stderr)
         return 130

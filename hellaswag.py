@@ -30,20 +30,12 @@ from tqdm import tqdm
 
 import checkpoint
 from model import GPT, keep_pages
-from tokens import gpt2_encoding
+from tokens import UserError, gpt2_encoding
 
 FILE = Path(__file__).resolve().parent / "hellaswag" / "hellaswag_val.jsonl"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 N_RECORDS = 10042
-
-
-class HellaSwagError(Exception):
-    """The data cannot be had, or is not what it should be; the message is for the user, status the exit status."""
-
-    def __init__(self, message: str, status: int = 2):
-        super().__init__(message)
-        self.status = status
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -60,14 +52,12 @@ def find_file() -> Path:
                 content = response.read()
             found = hashlib.sha256(content).hexdigest()
             if found != SHA256:
-                raise HellaSwagError(f"{URL}: expected SHA-256 {SHA256}, found {found}; try again later", 4)
+                raise UserError(f"{URL}: expected SHA-256 {SHA256}, found {found}; try again later", 4)
             partial.write_bytes(content)
             partial.replace(FILE)
         except (OSError, HTTPException) as e:
             partial.unlink(missing_ok=True)
-            raise HellaSwagError(
-                f"no {FILE}, and it could not be downloaded ({e}); put it there from {URL}", 4
-            ) from None
+            raise UserError(f"no {FILE}, and it could not be downloaded ({e}); put it there from {URL}", 4) from None
     return FILE
 
 
@@ -84,7 +74,7 @@ class Example:
 
 
 def read_examples(path: Path, render, limit: int | None = None) -> list[Example]:
-    """The first `limit` records of a HellaSwag file, rendered. Raises HellaSwagError on a record that is none."""
+    """The first `limit` records of a HellaSwag file, rendered. Raises UserError on a record that is none."""
     examples = []
     with open(path, "rb") as f:
         for line, text in enumerate(f, start=1):
@@ -102,10 +92,10 @@ def read_examples(path: Path, render, limit: int | None = None) -> list[Example]
                     raise ValueError("nothing is left of the context or an ending")
             except (ValueError, KeyError, TypeError, AttributeError) as e:
                 reason = f"lacks {e}" if isinstance(e, KeyError) else e
-                raise HellaSwagError(f"{path}, line {line}: {reason}") from None
+                raise UserError(f"{path}, line {line}: {reason}") from None
             examples.append(Example(context, endings, lengths, label, line))
     if not examples:
-        raise HellaSwagError(f"{path}: holds no records")
+        raise UserError(f"{path}: holds no records")
     return examples
 
 
@@ -155,9 +145,7 @@ def make_rows(examples: list[Example], block_size: int) -> tuple[list[Row], int]
     for i, e in enumerate(examples):
         longest = max(map(len, e.endings))
         if longest > block_size:
-            raise HellaSwagError(
-                f"line {e.line}: an ending of {longest} tokens, but the model's context is {block_size}"
-            )
+            raise UserError(f"line {e.line}: an ending of {longest} tokens, but the model's context is {block_size}")
         if len(e.context) + longest - 1 <= block_size:
             rows.append(Row(i, [0, 1, 2, 3], e.context, e.endings))
         else:  # each ending with as much of the context as fits before it
@@ -216,7 +204,7 @@ def score(
     model: GPT, examples: list[Example], batch_tokens: int, rank: int = 0, size: int = 1, progress: bool = False
 ) -> tuple[torch.Tensor, int]:
     """Log-probabilities of the endings (n, 4), float32, and how many contexts were cut on the left. Of several ranks
-    each does its share of the work and leaves zeros elsewhere. Raises HellaSwagError if an ending does not fit."""
+    each does its share of the work and leaves zeros elsewhere. Raises UserError if an ending does not fit."""
     device = model.transformer.wte.weight.device
     rows, cut = make_rows(examples, model.config.block_size)
     scores = torch.zeros(len(examples), 4)
@@ -290,32 +278,27 @@ def main(argv: list[str] | None = None) -> int:
     keep_pages()
     try:
         return report(args)
-    except HellaSwagError as e:
+    except UserError as e:
         print(f"hellaswag.py: error: {e}", file=sys.stderr)
         return e.status
 
 
 def report(args: argparse.Namespace) -> int:
-    """Score a model in all four ways and print them. Raises HellaSwagError."""
+    """Score a model in all four ways and print them. Raises UserError."""
     for flag in "limit", "batch_tokens":
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise HellaSwagError(f"--{flag} {getattr(args, flag)}: must be at least 1")
+            raise UserError(f"--{flag} {getattr(args, flag)}: must be at least 1")
     for flag in "json", "save_predictions":
         if (file := getattr(args, flag)) and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
-            raise HellaSwagError(
-                f"--{flag} {file}: cannot be written to; is {file.parent} a directory, and this a file?"
-            )
+            raise UserError(f"--{flag} {file}: cannot be written to; is {file.parent} a directory, and this a file?")
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError):  # no such name; no such device
-        raise HellaSwagError(f"--device {args.device}: PyTorch finds no such device here; try --device cpu") from None
+        raise UserError(f"--device {args.device}: PyTorch finds no such device here; try --device cpu") from None
     path = args.data or find_file()
     if not path.is_file():
-        raise HellaSwagError(f"--data {path}: no such file")
-    try:
-        model = checkpoint.pretrained(args.model_type).eval().to(args.device)
-    except checkpoint.CheckpointError as e:
-        raise HellaSwagError(f"--model_type {e}") from None
+        raise UserError(f"--data {path}: no such file")
+    model = checkpoint.pretrained(args.model_type, "--model_type").eval().to(args.device)
     torch.set_float32_matmul_precision("high")
     model.to(getattr(torch, args.dtype))
     batch_tokens = args.batch_tokens or (65536 if args.device.startswith("cuda") else 1024)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tokens import UserError
+
 # What there is to reach: validation loss on FineWeb-Edu, and HellaSwag, both as build-nanogpt measures them.
 GPT2_LOSS = {"GPT-2 124M": 3.2924}
 HELLASWAG = {"GPT-2 124M": 29.55, "GPT-3 124M": 33.7}  # per cent
@@ -35,10 +37,6 @@ IMMATERIAL = {
 BLOCK = 10  # steps over which the training loss is averaged, for it is of one batch each
 
 
-class PlotError(Exception):
-    """What ends the script with one line for its user and exit status 2."""
-
-
 @dataclass(frozen=True)
 class Run:
     """What a run has logged: columns of steps.csv, and evaluations as {name: (steps, values)}."""
@@ -53,7 +51,7 @@ class Run:
 
     @classmethod
     def read(cls, log_dir: Path) -> "Run":
-        """Raises PlotError."""
+        """Raises UserError."""
         try:
             facts = json.loads((log_dir / "run.json").read_text(encoding="utf-8"))
             config = facts["config"]
@@ -69,9 +67,9 @@ class Run:
             data, batch = Path(config["data"]).name, config["total_batch_size"]
             return cls(log_dir.resolve().name, columns, results, data, batch, config, facts.get("train_tokens"))
         except OSError as e:
-            raise PlotError(f"{log_dir}: holds no run: {Path(e.filename).name} cannot be read ({e.strerror})") from None
+            raise UserError(f"{log_dir}: holds no run: {Path(e.filename).name} cannot be read ({e.strerror})") from None
         except (IndexError, KeyError, ValueError, TypeError):
-            raise PlotError(f"{log_dir}: holds no steps of a run that could be drawn") from None
+            raise UserError(f"{log_dir}: holds no steps of a run that could be drawn") from None
 
     @property
     def curves(self) -> dict[str, dict[int, float]]:
@@ -90,7 +88,7 @@ class Run:
 
 
 def reference_for(run: Run) -> list[Run]:
-    """Runs of the same network on the same tokens, in batches of one size. Raises PlotError where there are none."""
+    """Runs of the same network on the same tokens, in batches of one size. Raises UserError where there are none."""
     logs = [Run.read(file.parent) for file in sorted(REFERENCE.glob("*/seed-*/run.json"))]
 
     def alike(log: Run) -> bool:
@@ -99,7 +97,7 @@ def reference_for(run: Run) -> list[Run]:
     if same := [log for log in logs if alike(log)]:
         return same
     known = ", ".join(sorted({f"--preset {log.config['preset']} --data {log.data}" for log in logs}))
-    raise PlotError(f"{run.name}: no reference has its network, its data and its tokens a step; there is {known}")
+    raise UserError(f"{run.name}: no reference has its network, its data and its tokens a step; there is {known}")
 
 
 def bands(reference: list[Run]) -> dict[str, dict[int, tuple[float, float]]]:
@@ -122,13 +120,13 @@ def bands(reference: list[Run]) -> dict[str, dict[int, tuple[float, float]]]:
 
 
 def check(run: Run, reference: list[Run]) -> bool:
-    """Say whether the run so far is within the bands, and where it leaves them first. Raises PlotError."""
+    """Say whether the run so far is within the bands, and where it leaves them first. Raises UserError."""
     recipe, curves = reference[0].config, run.curves
     other = {key for key in run.config.keys() & recipe.keys() if run.config[key] != recipe[key]} - IMMATERIAL
     if "eval_tokens" in other:
         del curves["validation"]  # it is of other tokens
     if not any(curves.values()):
-        raise PlotError(f"{run.name}: too early to say: no evaluation after step 0, and fewer than {BLOCK} steps")
+        raise UserError(f"{run.name}: too early to say: no evaluation after step 0, and fewer than {BLOCK} steps")
     steps = int(run.columns["step"][-1]) + 1
     print(f"{run.name}: {steps} of {recipe['max_steps']} steps, beside {len(reference)} seeds of {recipe['preset']}")
     for key in sorted(other):
@@ -151,7 +149,7 @@ def check(run: Run, reference: list[Run]) -> bool:
 def draw(log_dirs: list[Path], file: Path, reference: list[Run] | None = None) -> None:
     """Draw these runs, and the bands of reference runs, into a PNG file.
 
-    Raises PlotError, ImportError without matplotlib, OSError on a full disk.
+    Raises UserError, ImportError without matplotlib, OSError on a full disk.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
@@ -260,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
             reference = reference_for(run)
             normal = check(run, reference)
         draw(args.log_dirs, file, reference)
-    except PlotError as e:
+    except UserError as e:
         print(f"plot.py: error: {e}", file=sys.stderr)
         return 2
     except ImportError:

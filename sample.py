@@ -19,24 +19,17 @@ import torch
 
 import checkpoint
 from model import GPT
-from tokens import END_OF_TEXT, gpt2_encoding
-
-
-class SampleError(Exception):
-    """What ends the script with one line for its user and exit status 2."""
+from tokens import END_OF_TEXT, UserError, gpt2_encoding
 
 
 def load(name_or_dir: str | None, device: torch.device) -> GPT:
-    """The model of that name or directory, or the newest save in log/, ready to generate. Raises SampleError."""
+    """The model of that name or directory, or the newest save in log/, ready to generate. Raises UserError."""
     if name_or_dir is None:
         saves = [*checkpoint.saves(Path("log")).values()]
         if not saves:
-            raise SampleError("no save in log/: train one with python train_gpt2.py, or try --model gpt2")
+            raise UserError("no save in log/: train one with python train_gpt2.py, or try --model gpt2")
         name_or_dir = saves[-1]
-    try:
-        return checkpoint.pretrained(name_or_dir).eval().to(device)
-    except checkpoint.CheckpointError as e:
-        raise SampleError(f"--model {e}") from None
+    return checkpoint.pretrained(name_or_dir, "--model").eval().to(device)
 
 
 def pieces(tokens: Iterator[int], stop: str | None) -> Iterator[str]:
@@ -86,7 +79,7 @@ def converse(model: GPT, args: argparse.Namespace, generator: torch.Generator) -
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    """The flags, each checked. Raises SampleError."""
+    """The flags, each checked. Raises UserError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", metavar="DIR_OR_NAME", help="a directory, or a name on the hub (default: the newest in log/)"
@@ -123,15 +116,15 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     for flag, (low, high) in (bounds | dict(top_p=(1e-6, 1), seed=(0, 1e18))).items():
         value = getattr(args, flag)
         if value is not None and not low <= value <= high:  # NaN, too
-            raise SampleError(f"--{flag} {value}: must be from {low:g} to {high:g}")
+            raise UserError(f"--{flag} {value}: must be from {low:g} to {high:g}")
     args.top_k = args.top_k or None
     if args.prompt is not None and args.prompt_file:
-        raise SampleError("--prompt and --prompt_file: one of them, please")
+        raise UserError("--prompt and --prompt_file: one of them, please")
     return args
 
 
 def find_prompt(args: argparse.Namespace) -> str | None:
-    """The prompt, wherever it comes from, or None if there is a terminal to ask at. Raises SampleError."""
+    """The prompt, wherever it comes from, or None if there is a terminal to ask at. Raises UserError."""
     if args.prompt is not None:
         return args.prompt
     try:
@@ -141,9 +134,9 @@ def find_prompt(args: argparse.Namespace) -> str | None:
             return ""
         return None if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
     except OSError as e:
-        raise SampleError(f"--prompt_file {args.prompt_file}: {e.strerror}") from None
+        raise UserError(f"--prompt_file {args.prompt_file}: {e.strerror}") from None
     except UnicodeDecodeError as e:
-        raise SampleError(f"the prompt is not UTF-8 text (byte {e.start:,})") from None
+        raise UserError(f"the prompt is not UTF-8 text (byte {e.start:,})") from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -154,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             generator = torch.Generator(args.device or best).manual_seed(args.seed)
         except (RuntimeError, AssertionError):  # no such name; no such device
-            raise SampleError(f"--device {args.device}: PyTorch finds no such device here; try --device cpu") from None
+            raise UserError(f"--device {args.device}: PyTorch finds no such device here; try --device cpu") from None
         model = load(args.model, generator.device)
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
         if prompt is None:
@@ -166,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.num_samples > 1:
                 print("-" * 80)
         return 0
-    except SampleError as e:
+    except UserError as e:
         print(f"sample.py: error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

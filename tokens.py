@@ -40,7 +40,19 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-class ShardError(ValueError):
+class UserError(Exception):
+    """What ends a script with one line for its user, and this exit status: 2 usage or data, 3 a loss that is not
+    finite, 4 disk or network."""
+
+    def __init__(self, message: str, status: int = 2):
+        super().__init__(message, status)  # args, with which it is pickled for other ranks
+        self.status = status
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+class ShardError(UserError):
     """A token file is not what it should be; the message names the file, what was expected and what was found."""
 
 

@@ -42,25 +42,20 @@ import checkpoint
 import hellaswag
 import plot
 from model import GPT, GPT2_VOCAB_SIZE, SIZES, GPTConfig, keep_pages
-from tokens import ShardError, check_ids, check_manifest, first_line, gpt2_encoding, open_shard, sha256, shard_paths
+from tokens import (
+    ShardError,
+    UserError,
+    check_ids,
+    check_manifest,
+    first_line,
+    gpt2_encoding,
+    open_shard,
+    sha256,
+    shard_paths,
+)
 
 ROOT = Path(__file__).resolve().parent
 FULL_RUN = "python fineweb.py && torchrun --nproc_per_node=8 train_gpt2.py --preset gpt2"
-
-
-class RunError(Exception):
-    """What ends a run, on all ranks, with one line for its user and this exit status: 2 usage, 3 not finite, 4 disk."""
-
-    def __init__(self, message: str, status: int = 2):
-        super().__init__(message, status)
-        self.status = status
-
-    def __str__(self) -> str:
-        return self.args[0]
-
-    @classmethod
-    def of_disk(cls, e: OSError) -> "RunError":
-        return cls(f"{e.filename}: {e.strerror}" if e.filename else str(e), 4)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -181,7 +176,7 @@ FIXED = (
 
 
 def parse_flags(argv: list[str] | None) -> dict:
-    """The options given on the command line and no others, each checked by itself. Raises RunError."""
+    """The options given on the command line and no others, each checked by itself. Raises UserError."""
     presets = "\n".join(f"  {name:12}" + " ".join(f"{k}={v}" for k, v in p.items()) for name, p in PRESETS.items())
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -205,22 +200,26 @@ def parse_flags(argv: list[str] | None) -> dict:
     try:
         namespace, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as e:
-        raise RunError(str(e).removeprefix("argument ")) from None
+        raise UserError(str(e).removeprefix("argument ")) from None
     if unknown:
         known = [f"--{f.name}" for f in fields(TrainConfig)]
         close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else "see --help"
-        raise RunError(f"{unknown[0]}: there is no such option; {hint}")
+        raise UserError(f"{unknown[0]}: there is no such option; {hint}")
     given = vars(namespace)
     for f in fields(TrainConfig):
         value, low, high = given.get(f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, int | float) and not low <= value <= high:  # NaN, too
-            raise RunError(f"--{f.name} {value}: must be from {low:g} to {high:g}")
+            raise UserError(f"--{f.name} {value}: must be from {low:g} to {high:g}")
     return given
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Ranks
+
+
+def disk_error(e: OSError) -> UserError:
+    return UserError(f"{e.filename}: {e.strerror}" if e.filename else str(e), 4)
 
 
 @dataclass(frozen=True)
@@ -235,7 +234,7 @@ class Ranks:
 
     @classmethod
     def start(cls, device: str, timeout: float) -> "Ranks":
-        """Choose this rank's device and meet the others. Raises RunError."""
+        """Choose this rank's device and meet the others. Raises UserError."""
         rank, local_rank, size, local_size = (
             int(os.environ.get(name, default))
             for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
@@ -244,13 +243,13 @@ class Ranks:
         if device == "auto":
             device = next(d for d in has if has[d])
         if not has[device]:
-            raise RunError(f"--device {device}: PyTorch finds no such device here; try --device auto")
+            raise UserError(f"--device {device}: PyTorch finds no such device here; try --device auto")
         if device == "mps" and size > 1:
-            raise RunError(f"--device mps: one rank at most, not {size}; leave torchrun out, or use --device cpu")
+            raise UserError(f"--device mps: one rank at most, not {size}; leave torchrun out, or use --device cpu")
         if device == "cuda":
             if local_size > torch.cuda.device_count():
                 n = torch.cuda.device_count()
-                raise RunError(f"{local_size} ranks on a host with {n} GPUs: use --nproc_per_node={n} or --device cpu")
+                raise UserError(f"{local_size} ranks on a host with {n} GPUs: use --nproc_per_node={n} or --device cpu")
             device = f"cuda:{local_rank}"
             torch.cuda.set_device(device)
         if size > 1:
@@ -259,16 +258,14 @@ class Ranks:
         return cls(rank, local_rank, size, local_size, torch.device(device))
 
     def each(self, fn: Callable):
-        """Run fn on every rank and return its result here; if it raises RunError on any, the first is raised on all."""
+        """Run fn on every rank and return its result here; a UserError on any, the first of several, is raised on all."""
         result = error = None
         try:
             result = fn()
-        except RunError as e:
+        except UserError as e:
             error = e
-        except checkpoint.CheckpointError as e:
-            error = RunError(str(e))
         except OSError as e:
-            error = RunError.of_disk(e)
+            error = disk_error(e)
         errors = [error] * self.size
         if self.size > 1:
             dist.all_gather_object(errors, error)
@@ -277,7 +274,7 @@ class Ranks:
         return result
 
     def first(self, fn: Callable):
-        """Run fn on rank 0 and return its result on every rank; a RunError is raised on all."""
+        """Run fn on rank 0 and return its result on every rank; a UserError is raised on all."""
         result = [self.each(lambda: fn() if self.rank == 0 else None)]
         if self.size > 1:
             dist.broadcast_object_list(result, src=0)
@@ -318,7 +315,7 @@ class Data:
 
 
 def open_data(path: Path) -> Data:
-    """A directory of shards, or a text file, whose last tenth is for validation. Raises RunError."""
+    """A directory of shards, or a text file, whose last tenth is for validation. Raises UserError."""
     try:
         if path.is_dir():
             train, val = ([(p.name, open_shard(p)) for p in shard_paths(path, split)] for split in ("train", "val"))
@@ -331,11 +328,11 @@ def open_data(path: Path) -> Data:
         cut = len(text) * 9 // 10
         train, val = (gpt2_encoding().encode_ordinary(part) for part in (text[:cut], text[cut:]))
     except FileNotFoundError:
-        raise RunError(f"--data {path}: no such file or directory") from None
+        raise UserError(f"--data {path}: no such file or directory") from None
     except UnicodeDecodeError as e:
-        raise RunError(f"--data {path}: not UTF-8 text (byte {e.start:,}); token shards go into a directory") from None
-    except (OSError, ValueError) as e:
-        raise RunError(f"--data {path}: {e}") from None
+        raise UserError(f"--data {path}: not UTF-8 text (byte {e.start:,}); token shards go into a directory") from None
+    except (OSError, ValueError, ShardError) as e:
+        raise UserError(f"--data {path}: {e}") from None
     train, val = np.array(train, dtype=np.uint16), np.array(val, dtype=np.uint16)
     fingerprint = {path.name: sha256(path)}
     return Data([(path.name, train)], [(f"the last tenth of {path.name}", val)], True, fingerprint)
@@ -354,7 +351,7 @@ class DataLoaderLite:
         self.starts = np.cumsum([0] + [len(tokens) for _, tokens in files])  # of each file in the stream, and its end
         self.n_rows = (int(self.starts[-1]) - 1) // T
         if self.n_rows < 1:
-            raise RunError(
+            raise UserError(
                 f"{files[0][0]}: {self.starts[-1]} tokens are too few for a row of --seq_len {T} and its target"
             )
         self.order = lru_cache(maxsize=2)(self.order)  # a batch may span two epochs
@@ -420,19 +417,11 @@ def find_save(given: dict) -> tuple[Path | None, dict | None, list[str]]:
     directory = Path(given["resume"])
     if not (directory / "checkpoint.json").exists():
         there = ", ".join(map(str, checkpoint.saves(directory if directory.is_dir() else directory.parent).values()))
-        raise RunError(f"--resume {directory}: no save; {f'there is {there}' if there else 'see --help'}")
+        raise UserError(f"--resume {directory}: no save; {f'there is {there}' if there else 'see --help'}")
     try:
         return directory, checkpoint.verify(directory), []
     except checkpoint.CheckpointError as e:
-        raise RunError(f"--resume {directory}: {e}; --resume alone takes the newest that verifies") from None
-
-
-def load_pretrained(name_or_dir: str) -> GPT:
-    """The model that --init_from names. Raises RunError."""
-    try:
-        return checkpoint.pretrained(name_or_dir)
-    except checkpoint.CheckpointError as e:
-        raise RunError(f"--init_from {e}") from None
+        raise UserError(f"--resume {directory}: {e}; --resume alone takes the newest that verifies") from None
 
 
 def request(
@@ -458,9 +447,9 @@ def request(
         shape = {name: getattr(pretrained, name) for name in ("n_layer", "n_head", "n_embd", "bias")}
         for name, value in shape.items():
             if given.get(name, value) != value:
-                raise RunError(f"--{name} {given[name]}: the model of --init_from has {value}; leave the flag out")
+                raise UserError(f"--{name} {given[name]}: the model of --init_from has {value}; leave the flag out")
         if given.get("seq_len", 1) > pretrained.block_size:
-            raise RunError(f"--seq_len {given['seq_len']}: --init_from has {pretrained.block_size} positions")
+            raise UserError(f"--seq_len {given['seq_len']}: --init_from has {pretrained.block_size} positions")
         values |= shape | dict(seq_len=pretrained.block_size, max_lr=3e-5, min_lr=None, warmup_steps=None)
     if "max_steps" in given:
         values.pop("warmup_steps", None)  # a preset's warm-up is for its own length
@@ -474,7 +463,7 @@ def default_data() -> str:
 
 
 def resolve(config: TrainConfig, data: Data, ranks: Ranks) -> TrainConfig:
-    """The configuration with nothing left open. Raises RunError where it does not work out."""
+    """The configuration with nothing left open. Raises UserError where it does not work out."""
     T, total = config.seq_len, config.total_batch_size
     steps, min_lr, warmup = config.max_steps, config.min_lr, config.warmup_steps
     if steps is None:
@@ -484,9 +473,9 @@ def resolve(config: TrainConfig, data: Data, ranks: Ranks) -> TrainConfig:
     if warmup is None:
         warmup = 0 if config.init_from else min(715, steps // 10)
     if min_lr > config.max_lr:
-        raise RunError(f"--min_lr {min_lr:g}: larger than --max_lr {config.max_lr:g}")
+        raise UserError(f"--min_lr {min_lr:g}: larger than --max_lr {config.max_lr:g}")
     if config.n_embd % config.n_head:
-        raise RunError(
+        raise UserError(
             f"--n_head {config.n_head}: does not divide --n_embd {config.n_embd}; "
             f"{divisor_up_to(config.n_head, config.n_embd)} would"
         )
@@ -495,12 +484,12 @@ def resolve(config: TrainConfig, data: Data, ranks: Ranks) -> TrainConfig:
     if rest:
         near = " and ".join(str(n * T * ranks.size) for n in (rows, rows + 1) if n)
         fits = f", or {divisor_up_to(ranks.size, total // T)} ranks" if ranks.size > 1 and total % T == 0 else ""
-        raise RunError(
+        raise UserError(
             f"--total_batch_size {total}: not a multiple of {T * ranks.size} = seq_len {T} × {ranks.size} "
             f"rank{'s' * (ranks.size > 1)}; {near} would be{fits}"
         )
     if B and rows % B:
-        raise RunError(
+        raise UserError(
             f"--micro_batch_size {B}: does not divide the {rows} rows of a step and rank; "
             f"{divisor_up_to(B, rows)} would"
         )
@@ -537,7 +526,7 @@ def rows_that_fit(config: TrainConfig, ranks: Ranks) -> int:
 
 
 def changes(config: TrainConfig, data: Data, ranks: Ranks, directory: Path, record: dict) -> str:
-    """What is otherwise than when the run was saved, and may be. Raises RunError if it would be another run."""
+    """What is otherwise than when the run was saved, and may be. Raises UserError if it would be another run."""
     old = asdict(TrainConfig()) | record["config"] | dict(ranks=record["ranks"])  # newer options were at their defaults
     new = asdict(config) | dict(ranks=ranks.size)
     lines = {k: f"{k} {old[k]} → {new[k]}" for k in new if old[k] != new[k] and k != "resume"}
@@ -546,7 +535,7 @@ def changes(config: TrainConfig, data: Data, ranks: Ranks, directory: Path, reco
         fixed.append(f"the data {old['data']} → {new['data']}, which has other tokens")
     if fixed:
         changed = ", ".join(fixed)
-        raise RunError(
+        raise UserError(
             f"--resume {directory}: these may not change in mid-run: {changed}; --init_from begins a new one"
         )
     return ", ".join(lines.values()) or "nothing changed"
@@ -608,12 +597,12 @@ def out_of_memory(e: Exception) -> bool:
 
 
 def if_it_fits(fn: Callable, what: str):
-    """Call fn; raises RunError if there is no memory for what it makes."""
+    """Call fn; raises UserError if there is no memory for what it makes."""
     try:
         return fn()
     except (RuntimeError, MemoryError) as e:
         if out_of_memory(e):
-            raise RunError(f"{what} does not fit into memory: try a smaller --preset") from None
+            raise UserError(f"{what} does not fit into memory: try a smaller --preset") from None
         raise
 
 
@@ -663,7 +652,7 @@ def prepare(
         elif not any_no_memory:
             break
         elif B == 1:
-            raise RunError(f"out of memory with one row of {T} tokens: try a smaller --preset or --seq_len")
+            raise UserError(f"out of memory with one row of {T} tokens: try a smaller --preset or --seq_len")
         else:
             B = divisor_up_to(B // 2, config.total_batch_size // (T * ranks.size))
         if ranks.device.type == "cuda":
@@ -709,7 +698,7 @@ def train_step(
     signals: "Signals",
 ) -> tuple[float, float]:
     """One optimizer step over total_batch_size tokens. Returns the loss before it, over all of them, and the norm of
-    its gradient. Raises RunError, with no weight changed on any rank, if either is not finite."""
+    its gradient. Raises UserError, with no weight changed on any rank, if either is not finite."""
     accumulate = config.total_batch_size // (config.micro_batch_size * config.seq_len * ranks.size)
     loss_sum = torch.zeros((), device=ranks.device)
     for m in range(accumulate):
@@ -728,7 +717,7 @@ def train_step(
     # To a float16 scaler an infinite norm is nothing unusual: it skips the step and halves the scale, down to 1.
     finite = math.isfinite(norm) or (scaler.is_enabled() and scaler.get_scale() >= 1)
     if not (math.isfinite(loss) and finite):
-        raise RunError(f"step {step}: loss {loss:g}, gradient norm {norm:g}; stopped before any weight changed", 3)
+        raise UserError(f"step {step}: loss {loss:g}, gradient norm {norm:g}; stopped before any weight changed", 3)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
     scaler.step(optimizer)
@@ -754,14 +743,14 @@ def evaluate(model: GPT, loader: DataLoaderLite, config: TrainConfig, ranks: Ran
 
 
 def load_exam(seq_len: int) -> tuple[list[hellaswag.Example] | None, str | None]:
-    """HellaSwag's examples, or None and why: a run goes on without. Raises RunError if they do not fit."""
+    """HellaSwag's examples, or None and why: a run goes on without. Raises UserError if they do not fit."""
     try:
         examples = hellaswag.read_examples(hellaswag.find_file(), hellaswag.render_nanogpt)
         hellaswag.make_rows(examples, seq_len)
         return examples, None
-    except hellaswag.HellaSwagError as e:
+    except UserError as e:
         if e.status == 2:
-            raise RunError(f"--hellaswag_every: {e}; 0 leaves the exam out") from None
+            raise UserError(f"--hellaswag_every: {e}; 0 leaves the exam out") from None
         return None, f"no HellaSwag exam: {e}"
 
 
@@ -885,9 +874,9 @@ class RunLog:
         self.files, self.bar, self.wandb = [], None, None
         existing = next(p for p in (self.dir, *self.dir.absolute().parents) if p.exists())
         if not existing.is_dir():
-            raise RunError(f"--log_dir {self.dir}: {existing} is a file, not a directory")
+            raise UserError(f"--log_dir {self.dir}: {existing} is a file, not a directory")
         if not os.access(existing, os.W_OK):
-            raise RunError(f"--log_dir {self.dir}: {existing} cannot be written to")
+            raise UserError(f"--log_dir {self.dir}: {existing} cannot be written to")
 
     def open(self, resumed: Path | None, step: int, facts: dict) -> None:
         """Lock the directory; move an older run out of the way, or cut the log back to the step it goes on from."""
@@ -919,9 +908,9 @@ class RunLog:
             if self.files[1].tell() == 0:
                 self.files[1].write("step,tokens,loss,lr,norm,seconds\n")
         except Timeout:
-            raise RunError(f"--log_dir {self.dir}: another run is writing there; give this one its own") from None
+            raise UserError(f"--log_dir {self.dir}: another run is writing there; give this one its own") from None
         except OSError as e:
-            raise RunError(f"--log_dir {self.dir}: {e.filename} cannot be written to ({e.strerror})") from None
+            raise UserError(f"--log_dir {self.dir}: {e.filename} cannot be written to ({e.strerror})") from None
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.config.max_steps, initial=step, unit="step", dynamic_ncols=True)
         if self.config.wandb:
@@ -1043,7 +1032,7 @@ def build(
     config: TrainConfig, pretrained: GPT | None, resumed: Path | None, ranks: Ranks
 ) -> tuple[GPT, torch.optim.AdamW, torch.amp.GradScaler]:
     """The model, its optimizer and the float16 scaler: from the save, from --init_from, or new. Rank 0 alone reads, for
-    hosts may share no disk; then all get its tensors. Raises RunError."""
+    hosts may share no disk; then all get its tensors. Raises UserError."""
 
     def read() -> tuple[GPT, dict | None]:
         if resumed is not None:
@@ -1118,14 +1107,16 @@ def is_due(every: int, step: int, max_steps: int) -> bool:
 
 
 def train(given: dict, ranks: Ranks) -> int:
-    """A whole run, from flags to the last save; returns the exit status. Raises RunError."""
+    """A whole run, from flags to the last save; returns the exit status. Raises UserError."""
     torch.set_float32_matmul_precision("high")  # TF32, for what is left in float32
     # On a CPU: compiled, its threads would else add up the embedding's gradient in any order, and slowly.
     torch.use_deterministic_algorithms(ranks.device.type == "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False
     resumed, record, notes = ranks.first(lambda: find_save(given))
     init_from = None if resumed else given.get("init_from")
-    pretrained = ranks.each(lambda: load_pretrained(init_from) if init_from and ranks.rank == 0 else None)
+    pretrained = ranks.each(
+        lambda: init_from and ranks.rank == 0 and checkpoint.pretrained(init_from, "--init_from") or None
+    )
     requested = ranks.first(lambda: request(given, resumed, record, pretrained and pretrained.config, ranks))
     path = ranks.first(lambda: requested.data or default_data())
     data = ranks.each(lambda: open_data(Path(path)))
@@ -1249,18 +1240,18 @@ def main(argv: list[str] | None = None) -> int:
         keep_pages()
         given = parse_flags(argv)
         if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and given.get("resume") != "newest":
-            raise RunError("torchrun --max-restarts: add --resume, alone, for a restart to go on from the newest save")
+            raise UserError("torchrun --max-restarts: add --resume, alone, for a restart to go on from the newest save")
         ranks = Ranks.start(given.get("device", "auto"), given.get("dist_timeout", TrainConfig.dist_timeout))
         return train(given, ranks)
-    except RunError as e:  # which all ranks know of: one speaks on each host
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"train_gpt2.py: error: {e}", file=sys.stderr)
-        return e.status
     except ShardError as e:  # which the rank that read the tokens found alone
         print(f"train_gpt2.py: error: {e}", file=sys.stderr)
         return 2
+    except UserError as e:  # which all ranks know of: one speaks on each host
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"train_gpt2.py: error: {e}", file=sys.stderr)
+        return e.status
     except OSError as e:
-        print(f"train_gpt2.py: error: {RunError.of_disk(e)}", file=sys.stderr)
+        print(f"train_gpt2.py: error: {disk_error(e)}", file=sys.stderr)
         return 4
     except RuntimeError as e:
         if not (isinstance(e, dist.DistError) or "/gloo/" in str(e)):

@@ -219,11 +219,11 @@ def test_after_a_batch_that_cannot_be_encoded_nothing_is_written(fails):
 
     def encode(texts):
         if texts == [fails]:
-            raise fineweb.Failure("no")
+            raise fineweb.UserError("no")
         return texts
 
     batches, written = (fineweb.Batch([i], [0, i], 0.0) for i in range(30)), []
-    with pytest.raises(fineweb.Failure, match="no"):
+    with pytest.raises(fineweb.UserError, match="no"):
         for _, block in fineweb.encode_in_order(batches, encode, 2):
             written += block
     assert written == [*range(fails)]

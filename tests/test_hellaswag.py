@@ -126,7 +126,7 @@ RECORD = json.loads(RECORDS.read_text().splitlines()[0])
 def test_a_bad_record_stops_with_its_line(tmp_path, line, message):
     path = tmp_path / "records.jsonl"
     path.write_text(json.dumps(RECORD) + "\n" + line + "\n")
-    with pytest.raises(hellaswag.HellaSwagError, match=message) as error:
+    with pytest.raises(hellaswag.UserError, match=message) as error:
         hellaswag.read_examples(path, hellaswag.render_nanogpt)
     assert str(error.value).startswith(f"{path}, line 2: ") and error.value.status == 2
 
@@ -137,7 +137,7 @@ def test_an_ending_longer_than_the_context_stops_with_its_line(saved):
     examples = hellaswag.read_examples(RECORDS, hellaswag.render_nanogpt)
     line = next(e.line for e in examples if max(map(len, e.endings)) > 16)
     with pytest.raises(
-        hellaswag.HellaSwagError, match=f"line {line}: an ending of .* tokens, but the model.s context is 16"
+        hellaswag.UserError, match=f"line {line}: an ending of .* tokens, but the model.s context is 16"
     ):
         hellaswag.score(model, examples, 1000)
 
@@ -229,7 +229,7 @@ def test_the_download_is_verified_and_kept_whole_or_not_at_all(tmp_path, monkeyp
     ):
         with Server(wrong, length) as url:
             monkeypatch.setattr(hellaswag, "URL", url)
-            with pytest.raises(hellaswag.HellaSwagError, match=message) as error:
+            with pytest.raises(hellaswag.UserError, match=message) as error:
                 hellaswag.find_file()
         assert error.value.status == 4 and not list(file.parent.iterdir())
     with Server(content) as url:

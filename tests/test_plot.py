@@ -190,7 +190,7 @@ def test_it_may_be_too_early_to_say(tmp_path):
     assert plot.check(log, [log] * 5)  # an evaluation at least
     log.results.clear()
     with pytest.raises(
-        plot.PlotError, match="a: too early to say: no evaluation after step 0, and fewer than 10 steps"
+        plot.UserError, match="a: too early to say: no evaluation after step 0, and fewer than 10 steps"
     ):
         plot.check(log, [log] * 5)
 
