@@ -258,7 +258,7 @@ class Ranks:
         return cls(rank, local_rank, size, local_size, torch.device(device))
 
     def each(self, fn: Callable):
-        """Run fn on every rank and return its result here; a UserError on any, the first of several, is raised on all."""
+        """Run fn on every rank and return its result here; the first UserError of any is raised on all."""
         result = error = None
         try:
             result = fn()
