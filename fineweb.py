@@ -262,10 +262,8 @@ class Output:
 
     def __init__(self, directory: Path, settings: dict):
         self.directory = directory
-        self.manifest = dict(settings, shards=[], documents=0, complete=False, place=None, tokens_written=0)
         existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
-        if not (existing.is_dir() and os.access(existing, os.W_OK)):
-            raise UserError(f"--out_dir {directory}: cannot be written to; is {existing} a directory of yours?")
+        self.manifest = dict(settings, shards=[], documents=0, complete=False, place=None, tokens_written=0)
         if (directory / "manifest.json").exists():
             self.manifest = read_manifest(directory)
             changed = [
@@ -277,7 +275,9 @@ class Output:
                 raise UserError(
                     f"{directory} was begun with other settings: {', '.join(changed)}; use another --out_dir"
                 )
-        elif directory.exists() and any(p.suffix in (".npy", ".bin") for p in directory.iterdir()):
+        elif not (existing.is_dir() and os.access(existing, os.W_OK)):
+            raise UserError(f"--out_dir {directory}: cannot be written to; is {existing} a directory of yours?")
+        elif any(p.suffix in (".npy", ".bin") for p in directory.glob("*")):
             raise UserError(f"{directory}: holds shards but no manifest.json to go on from; use another --out_dir")
         self.buffer = np.empty(settings["shard_size"], dtype=np.uint16)
         self.filled = 0

@@ -427,7 +427,7 @@ def _find(name_or_dir: str | Path, filename: str) -> Path:
     path = Path(name_or_dir)
     if path.is_dir():
         return path / filename
-    if path.parent != Path() and path.parent.is_dir():  # a path, then, and not user/model
+    if path.is_absolute() or len(path.parts) > 2 or path.name.startswith("step_"):  # no name on the hub
         there = ", ".join(sorted(p.parent.name for p in path.parent.glob("*/config.json")))
         raise FileNotFoundError(f"no such directory; in {path.parent} there is {there or 'no model'}")
     from huggingface_hub import hf_hub_download

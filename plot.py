@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
         draw(args.log_dirs, file, reference)
     except UserError as e:
         print(f"plot.py: error: {e}", file=sys.stderr)
-        return 2
+        return e.status
     except ImportError:
         print("plot.py: error: matplotlib is not installed; pip install -r requirements.txt", file=sys.stderr)
         return 2

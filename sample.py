@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except UserError as e:
         print(f"sample.py: error: {e}", file=sys.stderr)
-        return 2
+        return e.status
     except KeyboardInterrupt:
         print()
         return 130

@@ -7,7 +7,9 @@ python train_gpt2.py --resume                      go on where the run in log/ s
 """
 
 import argparse
+import contextlib
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -324,7 +326,8 @@ def open_data(path: Path) -> Data:
                 check_manifest(path, fingerprint)
                 fingerprint["manifest.json"] = sha256(path / "manifest.json")
             return Data(train, val, False, fingerprint)
-        text = path.read_bytes().decode("utf-8")
+        content = path.read_bytes()
+        text = content.decode("utf-8")
         cut = len(text) * 9 // 10
         train, val = (gpt2_encoding().encode_ordinary(part) for part in (text[:cut], text[cut:]))
     except FileNotFoundError:
@@ -334,7 +337,7 @@ def open_data(path: Path) -> Data:
     except (OSError, ValueError, ShardError) as e:
         raise UserError(f"--data {path}: {e}") from None
     train, val = np.array(train, dtype=np.uint16), np.array(val, dtype=np.uint16)
-    fingerprint = {path.name: sha256(path)}
+    fingerprint = {path.name: hashlib.sha256(content).hexdigest()}
     return Data([(path.name, train)], [(f"the last tenth of {path.name}", val)], True, fingerprint)
 
 
@@ -413,11 +416,13 @@ def find_save(given: dict) -> tuple[Path | None, dict | None, list[str]]:
         log_dir = Path(given.get("log_dir", TrainConfig.log_dir))
         directory, record, passed_over = checkpoint.newest(log_dir)
         notes = [f"passed over a save: {reason}" for reason in passed_over]
-        return directory, record, notes + [f"no save in {log_dir}/: this is a new run"] * (directory is None)
+        if directory is None:
+            notes.append(f"no save {'that verifies ' if notes else ''}in {log_dir}/: this is a new run")
+        return directory, record, notes
     directory = Path(given["resume"])
-    if not (directory / "checkpoint.json").exists():
-        there = ", ".join(map(str, checkpoint.saves(directory if directory.is_dir() else directory.parent).values()))
-        raise UserError(f"--resume {directory}: no save; {f'there is {there}' if there else 'see --help'}")
+    others = checkpoint.saves(directory) or ({} if directory.exists() else checkpoint.saves(directory.parent))
+    if others:
+        raise UserError(f"--resume {directory}: no save, but there is {', '.join(map(str, others.values()))}")
     try:
         return directory, checkpoint.verify(directory), []
     except checkpoint.CheckpointError as e:
@@ -534,10 +539,7 @@ def changes(config: TrainConfig, data: Data, ranks: Ranks, directory: Path, reco
     if record["data"] != data.fingerprint:
         fixed.append(f"the data {old['data']} → {new['data']}, which has other tokens")
     if fixed:
-        changed = ", ".join(fixed)
-        raise UserError(
-            f"--resume {directory}: these may not change in mid-run: {changed}; --init_from begins a new one"
-        )
+        raise UserError(f"--resume {directory}: these may not change in mid-run: {', '.join(fixed)}; start a new run?")
     return ", ".join(lines.values()) or "nothing changed"
 
 
@@ -614,27 +616,32 @@ def prepare(
     amp: torch.autocast,
     compiled: bool,
 ) -> tuple[nn.Module, int, list[str]]:
-    """Compile, and try an evaluation's pass and a step's; if one fails, with a smaller micro-batch, or uncompiled. Then
-    wrap for DDP: no rank waits for another in the trial, after which all agree. Returns the module to train with, the
+    """Compile, wrap for DDP, and try an evaluation's pass and a step's; if one fails, with a smaller micro-batch, or
+    uncompiled. No rank waits for another in the trial, after which all agree. Returns the module to train with, the
     micro-batch, and what there is to say."""
     B, T = config.micro_batch_size, config.seq_len
     notes = []
+    if ranks.size > 1:
+        ddp = DistributedDataParallel(raw_model, gradient_as_bucket_view=True)
 
     def trial() -> None:  # whose end, well or not, ends all that it has made
         moments = [torch.empty_like(p) for p in raw_model.parameters() for _ in range(0 if optimizer.state else 2)]
-        if B * T < config.total_batch_size:  # gradients of micro-batches before, or DDP's buckets
+        if B * T * ranks.size < config.total_batch_size:  # the gradients of micro-batches before
             for p in raw_model.parameters():
                 p.grad = torch.zeros_like(p)
         x, y = inputs_and_targets(torch.zeros(B, T + 1, dtype=torch.int32), ranks.device)
         with torch.no_grad(), amp:
             raw_model.eval()(x, y)
+        model.train().require_backward_grad_sync = False
         with amp:
-            _, loss = model.train()(x, y)
+            _, loss = model(x, y)
         loss.backward()
         del moments
 
     while True:
         model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
+        if ranks.size > 1:  # compiled inside DDP the graph is cut at its buckets, so that sending overlaps computing
+            ddp.module, model = model, ddp
         no_memory, no_compiler = False, ""
         try:
             trial()
@@ -659,8 +666,6 @@ def prepare(
             torch.cuda.empty_cache()
     if B < config.micro_batch_size:
         notes.append(f"out of memory: micro-batch {config.micro_batch_size} → {B}, the total batch stays")
-    if ranks.size > 1:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     return model, B, notes
 
 
@@ -790,7 +795,8 @@ class Signals:
             return
         self.first = time.monotonic()
         self.received[self.numbers.index(number)] = 1.0
-        os.write(2, b"\nfinishing the step, then saving; a second signal stops at once\n")
+        with contextlib.suppress(OSError):  # whoever read may have ended by the same Ctrl-C
+            os.write(2, b"\nfinishing the step, then saving; a second signal stops at once\n")
 
     @property
     def stopping(self) -> signal.Signals | None:
@@ -884,18 +890,18 @@ class RunLog:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
             checkpoint.clean(self.dir)
-            here = resumed is not None and resumed.parent.resolve() == self.dir.resolve()
-            if here:
+            source = resumed and resumed.resolve().parent
+            if source == self.dir.resolve():
                 for line in checkpoint.set_aside(self.dir, resumed, step):
                     self.say(line)
             elif old := checkpoint.archive(self.dir):
                 saved = [*checkpoint.saves(old).values()]
                 back = f"; --resume {saved[-1]} would go on with it" if saved else ""
                 self.say(f"the run that was in {self.dir} is now in {old}{back}")
-            if resumed is not None:
-                for name in ("log.txt", "steps.csv") if not here else ():
-                    if (resumed.parent / name).exists():
-                        shutil.copy(resumed.parent / name, self.dir)
+            if source is not None:
+                for name in "log.txt", "steps.csv":
+                    if source != self.dir.resolve() and (source / name).exists():
+                        shutil.copy(source / name, self.dir)
                 again = dict(val=self.config.eval_every, hella=self.config.hellaswag_every)
                 kept = tuple(kind for kind, every in again.items() if not is_due(every, step, self.config.max_steps))
                 checkpoint.cut_log(self.dir / "log.txt", step, kept)
@@ -910,7 +916,7 @@ class RunLog:
         except Timeout:
             raise UserError(f"--log_dir {self.dir}: another run is writing there; give this one its own") from None
         except OSError as e:
-            raise UserError(f"--log_dir {self.dir}: {e.filename} cannot be written to ({e.strerror})") from None
+            raise UserError(f"--log_dir {self.dir}: {e.filename} cannot be used ({e.strerror})") from None
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.config.max_steps, initial=step, unit="step", dynamic_ncols=True)
         if self.config.wandb:
@@ -1227,11 +1233,16 @@ def train(given: dict, ranks: Ranks) -> int:
             step += 1
     finally:
         if error := saver.close():
-            print(f"train_gpt2.py: error: {error}", file=sys.stderr)
+            complain(error)
         signals.restore()
         micro_batches.close()
         if log:
             log.close()
+
+
+def complain(error: object) -> None:
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        print(f"train_gpt2.py: error: {error}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1239,25 +1250,26 @@ def main(argv: list[str] | None = None) -> int:
     try:
         keep_pages()
         given = parse_flags(argv)
-        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and given.get("resume") != "newest":
-            raise UserError("torchrun --max-restarts: add --resume, alone, for a restart to go on from the newest save")
+        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and not given.get("dry_run")
+        if restarts and given.get("resume") != "newest":
+            raise UserError("torchrun --max-restarts: add --resume without DIR; a restart then takes the newest save")
         ranks = Ranks.start(given.get("device", "auto"), given.get("dist_timeout", TrainConfig.dist_timeout))
         return train(given, ranks)
     except ShardError as e:  # which the rank that read the tokens found alone
-        print(f"train_gpt2.py: error: {e}", file=sys.stderr)
+        complain(e)
         return 2
     except UserError as e:  # which all ranks know of: one speaks on each host
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"train_gpt2.py: error: {e}", file=sys.stderr)
+            complain(e)
         return e.status
     except OSError as e:
-        print(f"train_gpt2.py: error: {disk_error(e)}", file=sys.stderr)
+        complain(disk_error(e))
         return 4
     except RuntimeError as e:
         if not (isinstance(e, dist.DistError) or "/gloo/" in str(e)):
             raise
         said = f"rank {os.environ['RANK']} has lost another: {first_line(e)}"
-        print(f"train_gpt2.py: error: {said}; --resume goes on from the newest save", file=sys.stderr)
+        complain(f"{said}; --resume goes on from the newest save")
         return 1
     except KeyboardInterrupt:  # before the first step: there is nothing to save
         return 130

@@ -82,7 +82,7 @@ def refuse(capsys, *flags, status: int = 2, said: str = "") -> str:
         ("--device cuda", "--device cuda: PyTorch finds no such device here"),
         ("--log_dir text.txt", "--log_dir text.txt: text.txt is a file, not a directory"),
         ("--log_dir text.txt/log", "--log_dir text.txt/log: "),
-        ("--resume nowhere", "--resume nowhere: no save; see --help"),
+        ("--resume nowhere", "--resume nowhere: nowhere/checkpoint.json: expected a save's record, found none"),
     ],
 )
 def test_wrong_flags(here, capsys, monkeypatch, flags, message):
@@ -212,7 +212,7 @@ def test_resuming_as_another_run(here, saved, capsys, flags, message):
     (here / "other.txt").write_text((here / "text.txt").read_text() + "more")
     given = ["--device", "cpu", "--resume", "--dtype", "float32"]
     line = refuse(capsys, *given, *flags.split())
-    assert message in line and "these may not change" in line
+    assert message in line and "may not change in mid-run" in line
 
 
 def test_resuming_a_save_that_is_older_than_some_options(here, saved, capsys):
@@ -229,7 +229,7 @@ def test_resuming_a_save_that_is_older_than_some_options(here, saved, capsys):
 
 
 def test_resuming_from_what_is_no_save(here, saved, capsys):
-    there = f"no save; there is {saved}/log/step_000002"
+    there = f"no save, but there is {saved}/log/step_000002"
     for name in "log", "log/step_000001":
         line = refuse(capsys, "--resume", saved / name, "--device", "cpu")
         assert f"--resume {saved / name}: {there}" in line
@@ -263,7 +263,7 @@ def test_a_log_directory_in_use(here, capsys):
 
 def test_a_log_directory_that_cannot_be_written(here, capsys):
     line = refuse(capsys, *SMALL, "--data", "text.txt", "--log_dir", "/proc/log", said="preset ")
-    assert "--log_dir /proc/log: /proc/log cannot be written to (No such file or directory)" in line
+    assert "--log_dir /proc/log: /proc/log cannot be used (No such file or directory)" in line
 
 
 def test_a_model_that_does_not_fit(here, capsys):
@@ -315,7 +315,7 @@ def test_under_torchrun_one_rank_speaks(here):
 def test_restarts_by_torchrun_need_resume(here, capsys, monkeypatch, flags):
     """Without it, or with a directory, each would begin at the beginning."""
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    assert "torchrun --max-restarts: add --resume, alone" in refuse(capsys, *SMALL, "--data", "text.txt", *flags)
+    assert "torchrun --max-restarts: add --resume without DIR" in refuse(capsys, *SMALL, "--data", "text.txt", *flags)
 
 
 def test_no_exam_without_its_file_and_a_network(here, capsys, monkeypatch):

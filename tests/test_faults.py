@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import checkpoint
+import tokens
 import train_gpt2
 from conftest import (
     BOOKS_TEXT,
@@ -553,7 +554,7 @@ def test_what_is_no_state_is_refused_and_never_runs(tmp_path, log, text, capsys,
     if rehashed:
         record = json.loads((path.parent / "checkpoint.json").read_text())
         del record["sha256"]
-        record["files"][path.name] = dict(bytes=path.stat().st_size, sha256=checkpoint._sha256(path))
+        record["files"][path.name] = dict(bytes=path.stat().st_size, sha256=tokens.sha256(path))
         record["sha256"] = checkpoint._digest(record)
         (path.parent / "checkpoint.json").write_bytes(checkpoint._canonical(record))
     assert train_gpt2.main(["--resume", str(path.parent), "--device", "cpu"]) == 2

@@ -482,8 +482,9 @@ def test_what_is_no_manifest_is_one_line(tmp_path, capsys, content, message):
 
 def test_no_place_for_the_shards_is_one_line(tmp_path, capsys):
     (tmp_path / "x.txt").write_text("word")
-    line = refuse(capsys, "--files", tmp_path / "x.txt", "--out_dir", tmp_path / "x.txt/out")
-    assert f"--out_dir {tmp_path}/x.txt/out: cannot be written to; is {tmp_path}/x.txt a directory" in line
+    for out_dir in "x.txt", "x.txt/out":
+        line = refuse(capsys, "--files", tmp_path / "x.txt", "--out_dir", tmp_path / out_dir)
+        assert f"--out_dir {tmp_path / out_dir}: cannot be written to; is {tmp_path}/x.txt a directory" in line
 
 
 def test_going_on_with_other_settings_is_refused(tmp_path, capsys, parquet):

@@ -159,7 +159,7 @@ def test_stopped_and_resumed_is_uninterrupted(tmp_path, text, forty_steps):
     for kind in "train", "val":
         assert read_log(tmp_path / "log", kind) == read_log(forty_steps, kind)
     assert weights(tmp_path / "log") == weights(forty_steps)
-    assert_close(losses(tmp_path / "two"), {step: loss for step, loss in losses(forty_steps).items() if step >= 27})
+    assert_close(losses(tmp_path / "two"), losses(forty_steps))
 
 
 def test_what_it_trained_is_gpt2(text, forty_steps):

@@ -120,7 +120,7 @@ def test_a_reader_that_has_seen_enough(saved):
         ("--prompt x --top_p 0", "--top_p 0.0: must be from 1e-06 to 1"),
         ("--prompt x --seed 99999999999999999999999", "--seed 99999999999999999999999: must be from 0 to 1e+18"),
         (
-            "--prompt x --model ../x/garbag",
+            "--prompt x --model ../x/step_000001",
             "no GPT-2 there, or out of reach: no such directory; in ../x there is garbage",
         ),
         ("--prompt x --model garbage", "--model garbage: no GPT-2 there, or out of reach"),

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -28,6 +29,7 @@ from conftest import (
     read_log,
     run,
     start,
+    wait_for_step,
     with_fault,
 )
 
@@ -221,12 +223,22 @@ def test_a_dry_run_of_a_finished_run_writes_nothing_either(tmp_path, text):
 
 
 def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path, text):
-    """As in `python train_gpt2.py | head`, or when Ctrl-C ends the tee of `… | tee out` before the run."""
-    process = start(*SMALL, "--data", text, "--log_dir", tmp_path / "log")
+    """As in `python train_gpt2.py | head`."""
+    process = start(*SMALL, "--data", text, "--log_dir", tmp_path)
     process.stdout.readline()
     process.stdout.close()
     assert process.wait(timeout=120) == 0
-    assert (tmp_path / "log/step_000008").exists() and len(read_log(tmp_path / "log")) == 8
+    assert (tmp_path / "step_000008").exists() and len(read_log(tmp_path)) == 8
+
+
+def test_ctrl_c_that_ends_the_reader_too_still_saves(tmp_path, text):
+    """As in `python train_gpt2.py 2>&1 | tee out`."""
+    process = start(*SMALL, "--data", text, "--log_dir", tmp_path, "--max_steps", 10000)
+    wait_for_step(tmp_path, 3, process)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    assert (tmp_path / f"step_{len(read_log(tmp_path)):06d}/checkpoint.json").exists()
 
 
 def test_log_and_checkpoint(tmp_path, text):
@@ -294,7 +306,7 @@ def test_an_older_run_is_moved_aside_and_nothing_else(tmp_path, text):
     _, flag, save, *_ = line[line.index("; ") :].split()
     assert Path(save) == old / "step_000008"
     elsewhere = tmp_path / "elsewhere"  # with a whole curve
-    run("train_gpt2.py", flag, save.replace("08", "04"), "--log_dir", elsewhere, "--data", text)
+    run("train_gpt2.py", flag, Path(save).with_name("step_000004"), "--log_dir", elsewhere, "--data", text)
     assert (elsewhere / "log.txt").read_bytes() == log and len((elsewhere / "steps.csv").read_text().splitlines()) == 9
     assert (elsewhere / "step_000008/model.safetensors").read_bytes() == Path(save, "model.safetensors").read_bytes()
 
