@@ -158,7 +158,7 @@ DYING = """
 import os, shutil, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-import torch, checkpoint
+import torch, checkpoint, tokens
 from model import GPT, GPTConfig
 
 def state(step):
@@ -177,7 +177,8 @@ def save_and_prune(last_line):
     lines = 0
     def trace(frame, event, arg):
         nonlocal lines
-        if frame.f_code.co_filename not in (checkpoint.__file__, GPT.save_pretrained.__code__.co_filename, shutil.__file__):
+        files = checkpoint.__file__, tokens.__file__, GPT.save_pretrained.__code__.co_filename, shutil.__file__
+        if frame.f_code.co_filename not in files:
             return None
         if event == "line":
             lines += 1
