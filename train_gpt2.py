@@ -885,13 +885,15 @@ class RunLog:
             raise UserError(f"--log_dir {self.dir}: {existing} cannot be written to")
 
     def open(self, resumed: Path | None, step: int, facts: dict) -> None:
-        """Lock the directory; move an older run out of the way, or cut the log back to the step it goes on from."""
+        """Lock the directory; move an older run out of the way; of the run that goes on keep, or bring from where the
+        save is, the log up to its step."""
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
             checkpoint.clean(self.dir)
             source = resumed and resumed.resolve().parent
-            if source == self.dir.resolve():
+            here = source == self.dir.resolve()
+            if here:
                 for line in checkpoint.set_aside(self.dir, resumed, step):
                     self.say(line)
             elif old := checkpoint.archive(self.dir):
@@ -899,13 +901,12 @@ class RunLog:
                 back = f"; --resume {saved[-1]} would go on with it" if saved else ""
                 self.say(f"the run that was in {self.dir} is now in {old}{back}")
             if source is not None:
-                for name in "log.txt", "steps.csv":
-                    if source != self.dir.resolve() and (source / name).exists():
-                        shutil.copy(source / name, self.dir)
                 again = dict(val=self.config.eval_every, hella=self.config.hellaswag_every)
                 kept = tuple(kind for kind, every in again.items() if not is_due(every, step, self.config.max_steps))
-                checkpoint.cut_log(self.dir / "log.txt", step, kept)
-                checkpoint.cut_log(self.dir / "steps.csv", step)
+                for name, kinds in ("log.txt", kept), ("steps.csv", ()):
+                    if not here and (source / name).exists():
+                        shutil.copy(source / name, self.dir)
+                    checkpoint.cut_log(self.dir / name, step, kinds)
             (self.dir / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             # Line by line: what is written is on its way to the disk, whatever happens to this process.
             self.files = [
@@ -1120,9 +1121,8 @@ def train(given: dict, ranks: Ranks) -> int:
     torch.utils.deterministic.fill_uninitialized_memory = False
     resumed, record, notes = ranks.first(lambda: find_save(given))
     init_from = None if resumed else given.get("init_from")
-    pretrained = ranks.each(
-        lambda: init_from and ranks.rank == 0 and checkpoint.pretrained(init_from, "--init_from") or None
-    )
+    reads = init_from and ranks.rank == 0
+    pretrained = ranks.each(lambda: checkpoint.pretrained(init_from, "--init_from") if reads else None)
     requested = ranks.first(lambda: request(given, resumed, record, pretrained and pretrained.config, ranks))
     path = ranks.first(lambda: requested.data or default_data())
     data = ranks.each(lambda: open_data(Path(path)))
