@@ -124,8 +124,8 @@ class CausalSelfAttention(nn.Module):
         # A single query is the newest token, which may look at every key; only several at once need the causal mask.
         causal = mask is None and T > 1
         dropout_p = self.attn_dropout.p if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=causal)  # (B, nh, T, hs)
-        y = y.transpose(1, 2).contiguous().view(B, T, C)  # heads side by side again
+        y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, mask, dropout_p, is_causal=causal)  # (B, nh, T, hs)
+        y = y.to(q.dtype).transpose(1, 2).contiguous().view(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -158,7 +158,8 @@ class Block(nn.Module):
 class KVCache:
     """A layer's keys and values of the tokens seen so far, so that generating a token costs one token's work.
 
-    Two buffers (B, nh, block_size, hs), filled up to `length`; several tokens at once (T > 1) only while empty.
+    Two buffers (B, nh, block_size, hs), filled up to `length`; several tokens at once (T > 1) only while empty. On a
+    CPU they are in float32, in which its attention is four times as fast as in bfloat16.
     """
 
     def __init__(self, block_size: int):
@@ -169,7 +170,8 @@ class KVCache:
         """Keep the new keys and values (B, nh, T, hs); returns all there are, each (B, nh, length, hs)."""
         B, nh, T, hs = k.size()
         if self.length == 0:
-            self.k, self.v = (k.new_empty(B, nh, self.block_size, hs) for _ in range(2))
+            dtype = torch.float32 if k.device.type == "cpu" else k.dtype
+            self.k, self.v = (k.new_empty(B, nh, self.block_size, hs, dtype=dtype) for _ in range(2))
         self.k[:, :, self.length : self.length + T] = k
         self.v[:, :, self.length : self.length + T] = v
         self.length += T
