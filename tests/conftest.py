@@ -1,6 +1,7 @@
 """What the tests share: the scripts run as a user runs them, on models small enough for a test."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 
 from model import GPT, GPTConfig  # noqa: E402
+
+# A job that a shell has put into the background ignores Ctrl-C, and so would all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOKS_TEXT = ROOT / "input.txt"
