@@ -11,6 +11,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from conftest import (
     wait_for_step,
     with_fault,
 )
-from model import keep_pages
+from model import GPT, GPTConfig, keep_pages
 
 
 def train(text, log_dir, *flags, **kwargs):
@@ -148,6 +149,30 @@ def test_the_fast_path_learns_what_the_plain_path_learns(tmp_path, dtype):
     difference = np.mean([abs(ours[step] - loss) for step, (loss, _) in enumerate(plain)])
     print(f"{dtype}: mean absolute difference over 300 steps {difference:.2e}, last losses {ours[299]}, {plain[-1][0]}")
     assert difference <= 0.01 and plain[-1][0] < 6
+
+
+def test_a_step_waits_for_its_device_once():
+    """On the device meta nothing can be read, so any other wait than that of Ranks.sum would be an error."""
+
+    class Ranks(train_gpt2.Ranks):
+        def sum(self, *values):
+            reads.append(values)
+            return [1.0] * len(values)
+
+    reads = []
+    with torch.device("meta"):
+        model = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=32, dropout=0.1))
+    optimizer = model.configure_optimizers(0.1, 1e-3)
+    for group in optimizer.param_groups:
+        group["fused"] = False  # there is no such kernel for meta
+    config = train_gpt2.TrainConfig(
+        seq_len=32, micro_batch_size=2, total_batch_size=256, max_steps=2, warmup_steps=1, min_lr=0
+    )
+    surroundings = Ranks(0, 0, 1, 1, torch.device("meta")), contextlib.nullcontext(), SimpleNamespace(received=[0] * 3)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    rows = iter(lambda: torch.zeros(2, 33, dtype=torch.int32), None)
+    train_gpt2.train_step(model, optimizer, scaler, rows, 0, config, *surroundings)
+    assert len(reads) == 1
 
 
 @pytest.fixture(scope="module")
