@@ -918,7 +918,8 @@ class RunLog:
             raise UserError(f"--log_dir {self.dir}: another run is writing there; give this one its own") from None
         except OSError as e:
             raise UserError(f"--log_dir {self.dir}: {e.filename} cannot be used ({e.strerror})") from None
-        if sys.stderr.isatty():
+        # A terminal may have no size, as `script` makes them: a bar would be invisible there.
+        if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines:
             self.bar = tqdm(total=self.config.max_steps, initial=step, unit="step", dynamic_ncols=True)
         if self.config.wandb:
             self.wandb = WandB(facts["config"], self.dir, self.say)

@@ -4,11 +4,14 @@ import contextlib
 import csv
 import json
 import math
+import os
+import pty
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +29,7 @@ from conftest import (
     ROOT,
     SMALL,
     assert_close,
+    command,
     losses,
     read_log,
     run,
@@ -370,6 +374,23 @@ def test_shards_are_read_in_both_formats(tmp_path, text):
         train(tmp_path / kind, tmp_path / f"log-{kind}")
         logs.append(read_log(tmp_path / f"log-{kind}"))
     assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("rows", [24, 0])
+def test_a_terminal_shows_a_bar_if_it_has_a_size(tmp_path, text, rows):
+    """Those that `script` and `docker run -t` make may have none, and a bar there would be invisible."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (rows, 5 * rows))
+    line = command("train_gpt2.py", *SMALL, "--data", text, "--log_dir", tmp_path)
+    process = subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=theirs, text=True)
+    os.close(theirs)
+    said = process.communicate()[0]
+    assert process.returncode == 0
+    if rows:
+        assert "8/8" in os.read(ours, 10000).decode() and "step 7: loss" not in said
+    else:
+        assert "step 7: loss" in said
+    os.close(ours)
 
 
 # Speed, memory, faults
