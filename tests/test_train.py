@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,11 +125,12 @@ def test_a_run_equals_a_straightforward_loop_over_transformers(tmp_path, text, m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_fast_path_learns_what_the_plain_path_learns(tmp_path, dtype):
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-4), ("bfloat16", 0.01)])
+def test_the_fast_path_learns_what_the_plain_path_learns(tmp_path, dtype, bound):
     """Compiled, on two threads, with the settings of a user, for 300 steps of small, against eager transformers.
 
-    At GPT-2's rate: at small's own, meant for batches four times as large, roundings grow to differences of 0.02."""
+    At GPT-2's rate: at small's own, meant for batches four times as large, roundings grow to differences of 0.02. In
+    float32, which rounds at 6e-8, 6e-7 was seen; in bfloat16, which rounds at 4e-3, 9e-4."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     if dtype == "bfloat16" and train_gpt2.choose_dtype("auto", torch.device("cpu")) != dtype:
@@ -152,7 +154,7 @@ def test_the_fast_path_learns_what_the_plain_path_learns(tmp_path, dtype):
     ours = losses(tmp_path / "log")
     difference = np.mean([abs(ours[step] - loss) for step, (loss, _) in enumerate(plain)])
     print(f"{dtype}: mean absolute difference over 300 steps {difference:.2e}, last losses {ours[299]}, {plain[-1][0]}")
-    assert difference <= 0.01 and plain[-1][0] < 6
+    assert difference <= bound and plain[-1][0] < 6
 
 
 def test_a_step_waits_for_its_device_once():
@@ -174,7 +176,7 @@ def test_a_step_waits_for_its_device_once():
     )
     surroundings = Ranks(0, 0, 1, 1, torch.device("meta")), contextlib.nullcontext(), SimpleNamespace(received=[0] * 3)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    rows = iter(lambda: torch.zeros(2, 33, dtype=torch.int32), None)
+    rows = repeat(torch.zeros(2, 33, dtype=torch.int32))
     train_gpt2.train_step(model, optimizer, scaler, rows, 0, config, *surroundings)
     assert len(reads) == 1
 
