@@ -10,6 +10,8 @@ Nothing else should run meanwhile. A benchmark's last variant is what the others
 random weights and the precision that the device is fastest in.
 """
 
+from errors import UserError
+
 import argparse
 import ast
 import contextlib
@@ -35,7 +37,7 @@ import fineweb
 import hellaswag
 import train_gpt2
 from model import GPT, GPT2_VOCAB_SIZE, GPTConfig, keep_pages, sample
-from tokens import END_OF_TEXT, UserError, gpt2_encoding
+from tokens import END_OF_TEXT, gpt2_encoding
 
 ROOT = Path(__file__).resolve().parent
 

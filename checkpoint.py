@@ -6,6 +6,8 @@ every other file. It is written beside its place under another name, flushed to 
 there is no save, after it there is a whole one. Nothing here knows of ranks.
 """
 
+from errors import UserError
+
 import errno
 import hashlib
 import json
@@ -23,7 +25,7 @@ from safetensors import SafetensorError
 from torch.utils._pytree import tree_map_only
 
 from model import GPT, GPT2_VOCAB_SIZE
-from tokens import UserError, first_line, sha256
+from tokens import first_line, sha256
 
 UNFINISHED = ".unfinished-"  # what is being written or deleted has this before its name, and is no save
 

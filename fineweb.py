@@ -10,6 +10,8 @@ tokens, two bytes each (sample-10BT: 20 GB), the first shard for validation. Int
 goes on after the last whole shard.
 """
 
+from errors import UserError
+
 import argparse
 import base64
 import contextlib
@@ -35,7 +37,6 @@ from tqdm import tqdm
 from tokens import (
     END_OF_TEXT,
     SHA256,
-    UserError,
     first_line,
     gpt2_encoding,
     open_shard,

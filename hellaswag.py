@@ -11,6 +11,8 @@ Two ways to write a record as text go by the same name, and each is scored in tw
                      sum, `acc_norm` by the sum over the ending's characters: GPT-2 124M has 31.14%.
 """
 
+from errors import UserError
+
 import argparse
 import hashlib
 import json
@@ -30,7 +32,7 @@ from tqdm import tqdm
 
 import checkpoint
 from model import GPT, keep_pages
-from tokens import UserError, gpt2_encoding
+from tokens import gpt2_encoding
 
 FILE = Path(__file__).resolve().parent / "hellaswag" / "hellaswag_val.jsonl"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"

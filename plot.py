@@ -5,6 +5,8 @@ python plot.py log/a log/b     several runs in one picture, curves.png
 python plot.py --check log     is this loss normal? The run so far, beside other seeds of the same recipe that went well
 """
 
+from errors import UserError
+
 import argparse
 import csv
 import json
@@ -17,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tokens import UserError
 
 # What there is to reach: validation loss on FineWeb-Edu, and HellaSwag, both as build-nanogpt measures them.
 GPT2_LOSS = {"GPT-2 124M": 3.2924}

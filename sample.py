@@ -7,6 +7,8 @@ echo "Once upon a time" | python sample.py
 python sample.py --prompt ""                           from <|endoftext|> on, as at the beginning of a document
 """
 
+from errors import UserError
+
 import argparse
 import codecs
 import contextlib
@@ -19,7 +21,7 @@ import torch
 
 import checkpoint
 from model import GPT
-from tokens import END_OF_TEXT, UserError, gpt2_encoding
+from tokens import END_OF_TEXT, gpt2_encoding
 
 
 def load(name_or_dir: str | None, device: torch.device) -> GPT:

@@ -7,6 +7,8 @@ each a flat run of uint16 token ids in one of two formats:
     .bin    llm.c's: 256 int32 (20240520, version 1, token count, zeros), then the ids as uint16
 """
 
+from errors import UserError
+
 import hashlib
 import json
 import os
@@ -38,18 +40,6 @@ def first_line(e: Exception) -> str:
 def sha256(path: Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-class UserError(Exception):
-    """What ends a script with one line for its user, and this exit status: 2 usage or data, 3 a loss that is not
-    finite, 4 disk or network."""
-
-    def __init__(self, message: str, status: int = 2):
-        super().__init__(message, status)  # args, with which it is pickled for other ranks
-        self.status = status
-
-    def __str__(self) -> str:
-        return self.args[0]
 
 
 class ShardError(UserError):

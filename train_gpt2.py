@@ -6,6 +6,8 @@ python train_gpt2.py --init_from gpt2 --data my.txt    fine-tune on a text of yo
 python train_gpt2.py --resume                      go on where the run in log/ stopped
 """
 
+from errors import UserError
+
 import argparse
 import contextlib
 import difflib
@@ -46,7 +48,6 @@ import plot
 from model import GPT, GPT2_VOCAB_SIZE, SIZES, GPTConfig, keep_pages
 from tokens import (
     ShardError,
-    UserError,
     check_ids,
     check_manifest,
     first_line,

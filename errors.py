@@ -1,0 +1,77 @@
+"""How every script ends: an error becomes one line for its user, and an exit status."""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """An error that a user can mend; its message names the file or flag, what was found and what to do.
+
+    Exit status: 2 for usage or data, 3 for a loss that is not finite, 4 for disk or network.
+    """
+
+    def __init__(self, message: str, status: int = 2):
+        super().__init__(message, status)  # both, so that pickle can send it to other ranks
+        self.status = status
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
+    """Call main(argv) and return the exit status; print errors a user can cause as one line on stderr."""
+    script = os.path.basename(sys.modules[main.__module__].__file__)
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):  # print what the terminal's encoding lacks as a question mark
+            stream.reconfigure(errors="replace")
+    try:
+        status = main(argv)
+        sys.stdout.flush()
+        return status
+    except UserError as e:
+        return print_error(script, e, e.status)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        silence(1)
+        return 0
+    except OSError as e:
+        silence(1)  # where stdout is on the full disk, Python would report that a second time at its exit
+        return print_error(script, f"{e.filename or 'standard output'}: {e.strerror or e}", 4)
+    except KeyboardInterrupt:
+        return print_error(script, "interrupted", 130)
+
+
+def print_error(script: str, message: object, status: int) -> int:
+    """Print the line, unless nobody reads stderr any more; return the status."""
+    try:
+        print(f"{script}: error: {message}", file=sys.stderr, flush=True)
+    except OSError:
+        silence(2)
+    return status
+
+
+def silence(fd: int) -> None:
+    """Discard what is written to this file descriptor from now on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+
+
+def open_standard_streams() -> None:
+    """Open /dev/null in place of standard streams that are closed, so that no file of a run gets their number."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    sys.stdin = sys.stdin or open(0, closefd=False)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
+
+
+def exit_if_interrupted(kind: type[BaseException], value: BaseException, traceback) -> None:
+    """End without a traceback at a Ctrl-C outside of run_script: while a script imports torch."""
+    if issubclass(kind, KeyboardInterrupt):
+        os._exit(130)
+    sys.__excepthook__(kind, value, traceback)
+
+
+# Every script imports this module before any other, so this is in force while it imports the rest.
+open_standard_streams()
+sys.excepthook = exit_if_interrupted
