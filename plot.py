@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 
-
 # What there is to reach: validation loss on FineWeb-Edu, and HellaSwag, both as build-nanogpt measures them.
 GPT2_LOSS = {"GPT-2 124M": 3.2924}
 HELLASWAG = {"GPT-2 124M": 29.55, "GPT-3 124M": 33.7}  # per cent
