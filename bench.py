@@ -36,7 +36,9 @@ from torch.nn import functional as F
 import fineweb
 import hellaswag
 import train_gpt2
-from model import GPT, GPT2_VOCAB_SIZE, GPTConfig, keep_pages, sample
+from model import GPT, GPT2_VOCAB_SIZE, GPTConfig, sample
+from recipe import PRESETS, TrainConfig
+from runtime.device import keep_pages, peak_memory
 from tokens import END_OF_TEXT, gpt2_encoding
 
 ROOT = Path(__file__).resolve().parent
@@ -51,7 +53,7 @@ SHAPES = {"small": ("small", 8), "124M": ("gpt2", 2), "memory": ("gpt2", 4), "op
 def shape_of(name: str) -> tuple[int, GPTConfig]:
     """Rows of a micro-batch, and the network."""
     preset, B = SHAPES[name]
-    c = train_gpt2.TrainConfig(**train_gpt2.PRESETS[preset])
+    c = TrainConfig(**PRESETS[preset])
     return B, GPTConfig(block_size=c.seq_len, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
 
 
@@ -89,7 +91,7 @@ def steps_of(args: argparse.Namespace, name: str, loss_of: Callable, optimizer: 
         loss.item()
         seconds.append(time.perf_counter() - started)
     if name == "memory":
-        return train_gpt2.peak_memory(args.device) / 1e9
+        return peak_memory(args.device) / 1e9
     return B * shape.block_size / sorted(seconds[1:])[1]  # as a dry run has it: the first of all is to warm up
 
 

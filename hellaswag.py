@@ -30,8 +30,9 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import checkpoint
-from model import GPT, keep_pages
+from model import GPT
+from runtime import checkpoint
+from runtime.device import keep_pages
 from tokens import gpt2_encoding
 
 FILE = Path(__file__).resolve().parent / "hellaswag" / "hellaswag_val.jsonl"

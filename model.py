@@ -8,11 +8,9 @@ Shapes: B sequences of T tokens, C = n_embd channels, nh heads of hs = C / nh ch
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -452,12 +450,3 @@ def _read_weights(name_or_dir: str | Path) -> dict[str, torch.Tensor]:
         if info["missing_keys"]:
             raise ValueError(f"lacks {', '.join(sorted(info['missing_keys']))}") from None
         return model.state_dict()
-
-
-def keep_pages() -> None:
-    """Tell glibc to keep the memory it has: on a CPU, fresh pages for every large tensor cost as much as arithmetic."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_TOP_PAD, 256 * 2**20)

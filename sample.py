@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 from model import GPT
+from runtime import checkpoint
 from tokens import END_OF_TEXT, gpt2_encoding
 
 

@@ -97,7 +97,8 @@ def wait_for_step(log_dir: Path, step: int, process: subprocess.Popen) -> None:
 FAULTY = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
-import checkpoint, torch, train_gpt2
+import torch, train_gpt2
+from runtime import checkpoint, runlog
 from model import GPT
 rank, forward, calls = int(os.environ.get("RANK", 0)), GPT.forward, 0
 

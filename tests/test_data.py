@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 import tokens
 from conftest import BOOKS_TEXT
-from train_gpt2 import DataLoaderLite, TrainConfig, dropout_seed, inputs_and_targets, learning_rate, open_data
+from data import DataLoaderLite, inputs_and_targets, open_data
+from recipe import TrainConfig, learning_rate
+from train_gpt2 import dropout_seed
 
 
 def make_files(lengths, seed=0):

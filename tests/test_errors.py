@@ -3,14 +3,17 @@
 import json
 import os
 import shutil
+from dataclasses import fields
 
 import numpy as np
 import pytest
 
-import checkpoint
+import model
+import recipe
 import tokens
 import train_gpt2
 from conftest import ROOT, SMALL, run
+from runtime import checkpoint
 
 IDS = np.arange(2000, dtype=np.uint16)
 
@@ -331,11 +334,11 @@ def test_no_exam_without_its_file_and_a_network(here, capsys, monkeypatch):
 
 
 def test_flags_are_few_and_each_is_explained(capsys):
-    fields = train_gpt2.fields(train_gpt2.TrainConfig)
-    assert len(fields) <= 36
+    options = fields(recipe.TrainConfig)
+    assert len(options) <= 36
     done = run("train_gpt2.py", "--help")
-    for f in fields:
+    for f in options:
         assert f"--{f.name}" in done.stdout and f.metadata["help"].split()[0] in done.stdout
-    for preset in train_gpt2.PRESETS:
+    for preset in recipe.PRESETS:
         assert f"\n  {preset}" in done.stdout
-    assert tokens.VOCAB_SIZE == train_gpt2.GPT2_VOCAB_SIZE
+    assert tokens.VOCAB_SIZE == model.GPT2_VOCAB_SIZE

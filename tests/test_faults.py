@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import tokens
 import train_gpt2
 from conftest import (
@@ -35,6 +34,7 @@ from conftest import (
     with_fault,
 )
 from model import GPT, GPTConfig
+from runtime import checkpoint
 
 # 2 layers, 64 wide, 32 tokens, 2 rows a step, 60 steps, a save every 5; dropout, so that random numbers count, too.
 RUN = (
@@ -158,7 +158,8 @@ DYING = """
 import os, shutil, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-import torch, checkpoint, tokens
+import torch, tokens
+from runtime import checkpoint
 from model import GPT, GPTConfig
 
 def state(step):

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import checkpoint
 import tokens
 from conftest import SMALL, assert_close, losses, read_log, run, weights, with_fault
 from model import GPT, GPTConfig
 from muon import orthogonalize
+from runtime import checkpoint
 
 MUON = *SMALL, "--optimizer", "muon", "--muon_ratio", 2, "--schedule", "wsd"
 

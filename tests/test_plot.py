@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 import plot
+import recipe
 import train_gpt2
 from conftest import ROOT, SMALL, run, with_fault
+from runtime import plan
 
 
 def write_run(directory, data="edu_fineweb10B", hella=True):
@@ -99,11 +101,11 @@ WRONG = Path(__file__).parent / "data" / "wrong"  # logs of the first steps of t
 
 def test_the_reference_is_of_the_presets_as_they_are():
     """A preset that is changed needs new runs."""
-    defaults = {f.name: f.default for f in fields(train_gpt2.TrainConfig)}
-    assert plot.IMMATERIAL | {*train_gpt2.FIXED, "eval_tokens"} == defaults.keys()
+    defaults = {f.name: f.default for f in fields(recipe.TrainConfig)}
+    assert plot.IMMATERIAL | {*plan.FIXED, "eval_tokens"} == defaults.keys()
     for log_dir in SEEDS:
         config = plot.Run.read(log_dir).config
-        preset = defaults | train_gpt2.PRESETS[log_dir.parent.name] | dict(preset=log_dir.parent.name)
+        preset = defaults | recipe.PRESETS[log_dir.parent.name] | dict(preset=log_dir.parent.name)
         assert {k: v for k, v in config.items() if k not in plot.IMMATERIAL} == {
             k: v for k, v in preset.items() if k not in plot.IMMATERIAL
         }

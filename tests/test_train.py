@@ -22,7 +22,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import checkpoint
 import tokens
 import train_gpt2
 from conftest import (
@@ -38,7 +37,11 @@ from conftest import (
     wait_for_step,
     with_fault,
 )
-from model import GPT, GPTConfig, keep_pages
+from model import GPT, GPTConfig
+from recipe import TrainConfig
+from runtime import checkpoint
+from runtime.device import choose_dtype, keep_pages
+from runtime.distributed import Ranks as RealRanks
 
 
 def train(text, log_dir, *flags, **kwargs):
@@ -133,7 +136,7 @@ def test_the_fast_path_learns_what_the_plain_path_learns(tmp_path, dtype, bound)
     float32, which rounds at 6e-8, 6e-7 was seen; in bfloat16, which rounds at 4e-3, 9e-4."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    if dtype == "bfloat16" and train_gpt2.choose_dtype("auto", torch.device("cpu")) != dtype:
+    if dtype == "bfloat16" and choose_dtype("auto", torch.device("cpu")) != dtype:
         pytest.skip("this processor has no bfloat16")
     torch.manual_seed(0)
     theirs = GPT2LMHeadModel(GPT2Config(n_positions=256, n_embd=384, n_layer=6, n_head=6, attn_implementation="sdpa"))
@@ -160,7 +163,7 @@ def test_the_fast_path_learns_what_the_plain_path_learns(tmp_path, dtype, bound)
 def test_a_step_waits_for_its_device_once():
     """On the device meta nothing can be read, so any other wait than that of Ranks.sum would be an error."""
 
-    class Ranks(train_gpt2.Ranks):
+    class Ranks(RealRanks):
         def sum(self, *values):
             reads.append(values)
             return [1.0] * len(values)
@@ -171,9 +174,7 @@ def test_a_step_waits_for_its_device_once():
     optimizer = model.configure_optimizers(0.1, 1e-3)
     for group in optimizer.param_groups:
         group["fused"] = False  # there is no such kernel for meta
-    config = train_gpt2.TrainConfig(
-        seq_len=32, micro_batch_size=2, total_batch_size=256, max_steps=2, warmup_steps=1, min_lr=0
-    )
+    config = TrainConfig(seq_len=32, micro_batch_size=2, total_batch_size=256, max_steps=2, warmup_steps=1, min_lr=0)
     surroundings = Ranks(0, 0, 1, 1, torch.device("meta")), contextlib.nullcontext(), SimpleNamespace(received=[0] * 3)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     rows = repeat(torch.zeros(2, 33, dtype=torch.int32))

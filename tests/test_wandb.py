@@ -112,14 +112,14 @@ def test_it_records_what_is_logged_and_a_resumed_run_goes_on_there(here, tmp_pat
 def test_what_cannot_start_is_one_line(here, tmp_path, env, message):
     (tmp_path / "without").mkdir()
     (tmp_path / "without/wandb.py").write_text("raise ModuleNotFoundError(\"No module named 'wandb'\")")
-    script = with_fault(tmp_path, "train_gpt2.WandB.patience = 2.0")
+    script = with_fault(tmp_path, "runlog.WandB.patience = 2.0")
     done = run(script, *flags(here, "log"), env=environment(tmp_path) | env, cwd=tmp_path)
     assert said(done.stdout).startswith(f"no Weights & Biases: {message}") and not done.stderr
     assert (tmp_path / "log/log.txt").read_bytes() == (here / "plain/log.txt").read_bytes()
 
 
 FAULT = """
-train_gpt2.WandB.patience = 2.0
+runlog.WandB.patience = 2.0
 if calls == 5 and model.training:
     from pathlib import Path
     while not Path("log/wandb/id.txt").exists():

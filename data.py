@@ -1,0 +1,119 @@
+"""Training data: tokens, batches, inputs and targets."""
+
+from errors import UserError
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tokens import ShardError, check_ids, check_manifest, gpt2_encoding, open_shard, sha256, shard_paths
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and validation tokens, as lists of (file name, ids (n,) of uint16), and what tells them from others."""
+
+    train: list[tuple[str, np.ndarray]]
+    val: list[tuple[str, np.ndarray]]
+    is_text: bool
+    fingerprint: dict[str, int | str]
+
+    @property
+    def n_tokens(self) -> int:
+        """How many there are to train on."""
+        return sum(len(tokens) for _, tokens in self.train)
+
+
+def open_data(path: Path) -> Data:
+    """A directory of shards, or a text file, whose last tenth is for validation. Raises UserError."""
+    try:
+        if path.is_dir():
+            train, val = ([(p.name, open_shard(p)) for p in shard_paths(path, split)] for split in ("train", "val"))
+            fingerprint = {name: len(tokens) for name, tokens in val + train}
+            if (path / "manifest.json").exists():
+                check_manifest(path, fingerprint)
+                fingerprint["manifest.json"] = sha256(path / "manifest.json")
+            return Data(train, val, False, fingerprint)
+        content = path.read_bytes()
+        text = content.decode("utf-8")
+        cut = len(text) * 9 // 10
+        train, val = (gpt2_encoding().encode_ordinary(part) for part in (text[:cut], text[cut:]))
+    except FileNotFoundError:
+        raise UserError(f"--data {path}: no such file or directory") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"--data {path}: not UTF-8 text (byte {e.start:,}); token shards go into a directory") from None
+    except (OSError, ValueError, ShardError) as e:
+        raise UserError(f"--data {path}: {e}") from None
+    train, val = np.array(train, dtype=np.uint16), np.array(val, dtype=np.uint16)
+    fingerprint = {path.name: hashlib.sha256(content).hexdigest()}
+    return Data([(path.name, train)], [(f"the last tenth of {path.name}", val)], True, fingerprint)
+
+
+class DataLoaderLite:
+    """Batches that are a pure function of the step: no state to save, no rank that drifts, no token dropped.
+
+    The files, end to end, are one stream of N tokens. Row i is tokens [i·T, i·T + T]: T inputs and, one further on,
+    T targets; there are (N - 1) // T rows, and an epoch is each of them once, in an order drawn from (seed, epoch).
+    Shards keep the stream's order in the first epoch. Global row g of a run is row order(g // n)[g % n].
+    """
+
+    def __init__(self, files: list[tuple[str, np.ndarray]], T: int, seed: int = 0, shuffle_first: bool = False):
+        self.files, self.T, self.seed, self.shuffle_first = files, T, seed, shuffle_first
+        self.starts = np.cumsum([0] + [len(tokens) for _, tokens in files])  # of each file in the stream, and its end
+        self.n_rows = (int(self.starts[-1]) - 1) // T
+        if self.n_rows < 1:
+            raise UserError(
+                f"{files[0][0]}: {self.starts[-1]} tokens are too few for a row of --seq_len {T} and its target"
+            )
+        self.order = lru_cache(maxsize=2)(self.order)  # a batch may span two epochs
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The rows of an epoch, (n_rows), in the order in which they are read."""
+        if epoch == 0 and not self.shuffle_first:
+            return np.arange(self.n_rows)
+        return np.random.default_rng((self.seed, epoch)).permutation(self.n_rows)
+
+    def row_numbers(self, first: int, B: int) -> list[int]:
+        """Which rows of the stream are the global rows [first, first + B)."""
+        return [int(self.order(g // self.n_rows)[g % self.n_rows]) for g in range(first, first + B)]
+
+    def read(self, start: int, n: int) -> np.ndarray:
+        """The n tokens of the stream from start on, across the ends of files: (n,) of uint16. Raises ShardError."""
+        parts = []
+        i = int(np.searchsorted(self.starts, start, side="right")) - 1
+        while n > 0:
+            name, tokens = self.files[i]
+            offset = start - int(self.starts[i])
+            part = tokens[offset : offset + n]
+            check_ids(name, offset, part)
+            parts.append(part)
+            start, n, i = start + len(part), n - len(part), i + 1
+        return np.concatenate(parts)
+
+    def rows(self, numbers: list[int]) -> torch.Tensor:
+        """These rows of the stream, each with the token that follows it: (len(numbers), T + 1) of int32."""
+        return torch.from_numpy(np.stack([self.read(i * self.T, self.T + 1) for i in numbers]).astype(np.int32))
+
+    def micro_batches(self, first: int, B: int, stride: int) -> Iterator[torch.Tensor]:
+        """For ever: the B global rows from `first` on, then those `stride` further, and so on, read one ahead."""
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            ahead = None
+            for g in count(first, stride):
+                ready, ahead = ahead, pool.submit(lambda g: self.rows(self.row_numbers(g, B)), g)
+                if ready is not None:
+                    yield ready.result()
+
+
+def inputs_and_targets(rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (B, T + 1) of int32 as inputs and targets on the device, each (B, T) of int64; to a GPU they are copied from
+    pinned memory, for which the host need not wait."""
+    cuda = device.type == "cuda"  # not MPS, which would read what is freed here at once (pytorch issue 139550)
+    rows = (rows.pin_memory() if cuda else rows).to(device, non_blocking=cuda).long()
+    return rows[:, :-1], rows[:, 1:]
