@@ -38,7 +38,7 @@ import hellaswag
 import train_gpt2
 from model import GPT, GPT2_VOCAB_SIZE, GPTConfig, sample
 from recipe import PRESETS, TrainConfig
-from runtime.device import keep_pages, peak_memory
+from runtime.device import peak_memory, tune_malloc
 from tokens import END_OF_TEXT, gpt2_encoding
 
 ROOT = Path(__file__).resolve().parent
@@ -63,7 +63,7 @@ def train(
     """train_gpt2.py itself: four steps of a dry run."""
     preset, (B, shape) = SHAPES[name][0], shape_of(name)
     if not kept_pages:
-        train_gpt2.keep_pages = lambda: None
+        train_gpt2.tune_malloc = lambda: None
     flags = dict(preset=preset, micro_batch_size=B, total_batch_size=B * shape.block_size, data=ROOT / "input.txt")
     flags |= dict(device=args.device.type, compile="on" if compiled else "off", optimizer=optimizer)
     with contextlib.redirect_stdout(io.StringIO()) as said:
@@ -188,7 +188,7 @@ def generate(args: argparse.Namespace, how: str, dtype: torch.dtype | None = Non
         model = GPT(GPTConfig()).eval().to(args.device)
         write = loop
         if how == "ours":
-            keep_pages()
+            tune_malloc()
             model.to(args.dtype)
             write = lambda n: model.generate(idx, n, top_k=50)  # noqa: E731
     write(8)  # warm up
@@ -272,7 +272,7 @@ def exam(args: argparse.Namespace, plainly: bool) -> float:
 
     if plainly:
         return measure(one_at_a_time)
-    keep_pages()  # as the script does
+    tune_malloc()  # as the script does
     model.to(args.dtype)
     return measure(lambda examples: hellaswag.score(model, examples, 1024))
 

@@ -56,6 +56,12 @@ def open_data(path: Path) -> Data:
     return Data([(path.name, train)], [(f"the last tenth of {path.name}", val)], True, fingerprint)
 
 
+@lru_cache(maxsize=2)  # a batch may span two epochs
+def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the order of an epoch's n rows, drawn from (seed, epoch)."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
 class DataLoaderLite:
     """Batches that are a pure function of the step: no state to save, no rank that drifts, no token dropped.
 
@@ -70,19 +76,18 @@ class DataLoaderLite:
         self.n_rows = (int(self.starts[-1]) - 1) // T
         if self.n_rows < 1:
             raise UserError(
-                f"{files[0][0]}: {self.starts[-1]} tokens are too few for a row of --seq_len {T} and its target"
+                f"{files[0][0]}: {self.starts[-1]:,} tokens are too few for a sequence of --seq_len {T} and its target"
             )
-        self.order = lru_cache(maxsize=2)(self.order)  # a batch may span two epochs
-
-    def order(self, epoch: int) -> np.ndarray:
-        """The rows of an epoch, (n_rows), in the order in which they are read."""
-        if epoch == 0 and not self.shuffle_first:
-            return np.arange(self.n_rows)
-        return np.random.default_rng((self.seed, epoch)).permutation(self.n_rows)
 
     def row_numbers(self, first: int, B: int) -> list[int]:
-        """Which rows of the stream are the global rows [first, first + B)."""
-        return [int(self.order(g // self.n_rows)[g % self.n_rows]) for g in range(first, first + B)]
+        """Return which rows of the stream are the global rows [first, first + B)."""
+        numbers = []
+        for g in range(first, first + B):
+            epoch, i = divmod(g, self.n_rows)
+            if epoch > 0 or self.shuffle_first:
+                i = int(permutation(self.n_rows, self.seed, epoch)[i])
+            numbers.append(i)
+        return numbers
 
     def read(self, start: int, n: int) -> np.ndarray:
         """The n tokens of the stream from start on, across the ends of files: (n,) of uint16. Raises ShardError."""

@@ -14,9 +14,22 @@ class UserError(Exception):
     def __init__(self, message: str, status: int = 2):
         super().__init__(message, status)  # both, so that pickle can send it to other ranks
         self.status = status
+        self.agreed = False  # whether every rank of a run raises it
 
     def __str__(self) -> str:
         return self.args[0]
+
+    @classmethod
+    def from_error(cls, e: Exception) -> "UserError":
+        """Return a UserError as it is, and an OSError as one of the disk or network."""
+        if isinstance(e, cls):
+            return e
+        return cls(f"{e.filename}: {e.strerror}" if e.filename and e.strerror else first_line(e), 4)
+
+
+def first_line(e: Exception) -> str:
+    """Return the first line of an exception's message, or its type if it has none."""
+    return next(iter(str(e).strip().splitlines()), type(e).__name__)
 
 
 def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:

@@ -10,7 +10,7 @@ tokens, two bytes each (sample-10BT: 20 GB), the first shard for validation. Int
 goes on after the last whole shard.
 """
 
-from errors import UserError
+from errors import UserError, first_line
 
 import argparse
 import base64
@@ -37,7 +37,6 @@ from tqdm import tqdm
 from tokens import (
     END_OF_TEXT,
     SHA256,
-    first_line,
     gpt2_encoding,
     open_shard,
     read_manifest,

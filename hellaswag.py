@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from model import GPT
 from runtime import checkpoint
-from runtime.device import keep_pages
+from runtime.device import tune_malloc
 from tokens import gpt2_encoding
 
 FILE = Path(__file__).resolve().parent / "hellaswag" / "hellaswag_val.jsonl"
@@ -278,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.error = lambda message: parser.exit(2, f"hellaswag.py: error: {message}; see --help\n")
     args = parser.parse_args(argv)
-    keep_pages()
+    tune_malloc()
     try:
         return report(args)
     except UserError as e:

@@ -57,13 +57,23 @@ class GPTConfig:
     bias: bool = True  # in every linear map and LayerNorm, as GPT-2 has it; False is a little smaller and faster
 
     def __post_init__(self):
-        if self.n_embd % self.n_head:
+        if not 1 <= self.n_layer <= 1000:  # building a million of them would never end
+            raise ValueError(f"n_layer {self.n_layer}: must be from 1 to 1000")
+        if self.n_head < 1 or self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} does not divide into n_head {self.n_head} heads")
 
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding matrix: vocab_size rounded up to a multiple of 128, which matrix hardware likes."""
         return (self.vocab_size + 127) // 128 * 128
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir: str | Path) -> GPTConfig:
+        """Read the config.json of a local directory, or of a model on the Hugging Face hub.
+
+        Raise OSError if it cannot be reached or read, ValueError if it is not a GPT-2.
+        """
+        return cls.from_hf(json.loads(_find(name_or_dir, "config.json").read_text(encoding="utf-8")))
 
     @classmethod
     def from_hf(cls, hf: dict) -> GPTConfig:
@@ -301,7 +311,7 @@ class GPT(nn.Module):
         Raises OSError if it cannot be reached or read, ValueError if it is not a GPT-2.
         """
         try:
-            config = GPTConfig.from_hf(json.loads(_find(name_or_dir, "config.json").read_text(encoding="utf-8")))
+            config = GPTConfig.from_pretrained(name_or_dir)
             with torch.device("meta"):  # shapes alone: no time spent on initial weights that are overwritten
                 model = cls(config)
             model.to_empty(device="cpu")
@@ -352,10 +362,14 @@ class GPT(nn.Module):
         for name in "vocab.json", "merges.txt":
             shutil.copyfile(Path(__file__).resolve().parent / "assets" / name, directory / name)
 
-    def adapt(self, block_size: int, dropout: float) -> None:
-        """Go on with a context that is at most as long, whose further positions are forgotten, and another dropout."""
-        self.config = replace(self.config, block_size=block_size, dropout=dropout)
+    def crop_block_size(self, block_size: int) -> None:
+        """Shorten the context to block_size tokens; the positions after that are dropped."""
+        self.config = replace(self.config, block_size=block_size)
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
+
+    def set_dropout(self, dropout: float) -> None:
+        """Use another dropout probability everywhere."""
+        self.config = replace(self.config, dropout=dropout)
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = dropout
@@ -364,21 +378,24 @@ class GPT(nn.Module):
         self,
         weight_decay: float,
         learning_rate: float,
-        muon_ratio: float | None = None,
+        muon_lr_scale: float | None = None,
         muon_dtype: torch.dtype = torch.float32,
     ) -> torch.optim.AdamW:
-        """AdamW (Loshchilov & Hutter, 2019); matrices and embeddings decay, biases and gains do not. With a muon_ratio
-        the blocks' matrices are Muon's, at that multiple of the learning rate; query, key and value are three."""
+        """Return AdamW (Loshchilov & Hutter, 2019). It decays matrices and embeddings, not biases and LayerNorm weights.
+
+        With a muon_lr_scale, Muon updates the matrices of the blocks, at that multiple of the learning rate. Query, key
+        and value are three matrices.
+        """
         options = dict(lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
         no_decay = dict(params=[p for p in self.parameters() if p.dim() < 2], weight_decay=0.0)
-        if muon_ratio is None:
+        if muon_lr_scale is None:
             decay = dict(params=[p for p in self.parameters() if p.dim() >= 2], weight_decay=weight_decay)
             return torch.optim.AdamW([decay, no_decay], **options)
         blocks = self.transformer.h
         embeddings = dict(params=[self.transformer.wte.weight, self.transformer.wpe.weight])
-        qkv = dict(params=[block.attn.c_attn.weight for block in blocks], ratio=muon_ratio, parts=3)
+        qkv = dict(params=[block.attn.c_attn.weight for block in blocks], lr_scale=muon_lr_scale, parts=3)
         linears = [layer for block in blocks for layer in (block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)]
-        others = dict(params=[layer.weight for layer in linears], ratio=muon_ratio, parts=1)
+        others = dict(params=[layer.weight for layer in linears], lr_scale=muon_lr_scale, parts=1)
         return Muon([embeddings, no_decay, qkv, others], muon_dtype, weight_decay=weight_decay, **options)
 
     def num_parameters(self) -> int:

@@ -17,7 +17,7 @@ class Muon(torch.optim.AdamW):
 
     (Jordan et al., 2024, "Muon: An optimizer for hidden layers in neural networks"). The root gives each update the
     size of AdamW's, an RMS of 0.2·λ (Liu et al., 2025, "Muon is scalable for LLM training", section 2.2), so that one
-    learning rate can drive both: λ is the group's `lr` times its `ratio`. A parameter of several `parts` is as many
+    learning rate can drive both: λ is the group's `lr` times its `lr_scale`. A parameter of several `parts` is as many
     matrices, one below the other.
 
     Matrices of one shape, or of that shape transposed, are orthogonalised together, in `dtype`. Where there are several
@@ -39,7 +39,7 @@ class Muon(torch.optim.AdamW):
         for group in self.param_groups:
             if "parts" not in group:
                 continue
-            lr = group["lr"] * group["ratio"]
+            lr = group["lr"] * group["lr_scale"]
             for p in group["params"]:
                 if p not in self.state:
                     self.state[p]["momentum"] = torch.zeros_like(p)

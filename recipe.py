@@ -1,14 +1,12 @@
 """What is trained and how: the options of a run, the presets, and the learning rate."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from model import SIZES
+from runtime.options import option
 
-FULL_RUN = "python fineweb.py && torchrun --nproc_per_node=8 train_gpt2.py --preset gpt2"
-
-
-# Laid over the defaults of TrainConfig, which are the published recipe of GPT-2 124M, and under the user's flags.
+# A preset overrides the defaults of TrainConfig, which are the published recipe of GPT-2 124M; flags override both.
 PRESETS = {
     "tiny": dict(
         n_layer=4, n_head=4, n_embd=256, seq_len=128, total_batch_size=2048,
@@ -23,96 +21,98 @@ PRESETS = {
     **SIZES,
 }  # fmt: skip
 
-# What leads the same network to the same loss in half the steps: small's rates are from a sweep, gpt2's are not.
-FAST = dict(optimizer="muon", schedule="wsd", decay_share=0.5, min_lr=0.0)
+# The same network reaches the same loss in half the steps with Muon. The learning rate of small-fast was tuned, that of
+# gpt2-fast was not.
+FAST = dict(optimizer="muon", schedule="wsd", decay_fraction=0.5, min_lr=0.0)
 PRESETS |= {
     "small-fast": PRESETS["small"] | FAST | dict(max_steps=100, max_lr=4e-3, warmup_steps=15),
     "gpt2-fast": PRESETS["gpt2"] | FAST | dict(max_steps=9536, max_lr=1.2e-3, warmup_steps=715),
 }
 
 
-def option(default, text: str, low: float = 0, high: float = 2**40, choices: tuple = (), metavar: str = ""):
-    """A field of TrainConfig: its default, its line of help, and the values that are allowed."""
-    return field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices, metavar=metavar))
-
-
 @dataclass(frozen=True)
 class TrainConfig:
-    """The options of a run. None stands for what is worked out when the run starts, as the help says."""
+    """Options of a training run. None stands for a default that depends on the machine or the data."""
 
     preset: str | None = option(
         None,
-        "size and recipe to start from, listed below (default: tiny on a CPU, small on a GPU, gpt2 on one with shards)",
-        choices=(*PRESETS,),
+        "size and recipe to start from, listed below (default: tiny on a CPU, small on a GPU, gpt2 there with shards)",
+        choices=tuple(PRESETS),
     )
-    n_layer: int = option(12, "layers", low=1)
-    n_head: int = option(12, "attention heads per layer", low=1)
-    n_embd: int = option(768, "width of the residual stream", low=1)
-    bias: bool = option(True, "biases in linear maps and LayerNorms, as GPT-2 has them")
+    n_layer: int = option(12, "number of layers", low=1, high=1000)
+    n_head: int = option(12, "number of attention heads per layer", low=1)
+    n_embd: int = option(768, "number of channels", low=1)
+    bias: bool = option(True, "use biases in linear layers and LayerNorms, as GPT-2 does")
     data: str | None = option(
         None,
-        "directory of token shards, or a UTF-8 text file (default: edu_fineweb10B/ if it is there, else input.txt)",
+        "directory of token shards, or a UTF-8 text file (default: edu_fineweb10B/ if it exists, else input.txt)",
         metavar="PATH",
     )
-    log_dir: str = option("log", "directory of this run's log and saves", metavar="DIR")
+    log_dir: str = option("log", "directory for the log and the checkpoints", metavar="DIR")
     init_from: str | None = option(
         None,
-        "fine-tune this model: a directory, or a name on the Hugging Face hub (its shape and seq_len are then the "
-        "defaults, and a constant learning rate of 3e-5)",
+        "fine-tune this model: a directory, or a name on the Hugging Face hub; sets the shape and seq_len, and a "
+        "constant learning rate of 3e-5",
         metavar="MODEL",
     )
     resume: str | None = option(
-        None, "go on from the save DIR, such as log/step_000110, or without DIR from the newest in log_dir"
+        None, "resume from the checkpoint DIR, or without DIR from the newest in log_dir", const="newest", metavar="DIR"
     )
     max_steps: int | None = option(
-        None, "optimizer steps; 0 only evaluates (default: 19,073, or one epoch of shards under 9.5B tokens)"
+        None, "number of optimizer steps; 0 only evaluates (default: 19,073, or one epoch of shards under 9.5B tokens)"
     )
     total_batch_size: int = option(524288, "tokens per optimizer step, over all ranks", low=1)
     micro_batch_size: int | None = option(
-        None, "rows of seq_len tokens per forward pass and rank (default: the most that divide and should fit)", low=1
+        None, "sequences per forward pass and rank (default: as many as fit into memory)", low=1
     )
-    seq_len: int = option(1024, "tokens per row, the model's context", low=1)
+    seq_len: int = option(1024, "tokens per sequence: the context of the model", low=1)
     max_lr: float = option(6e-4, "learning rate after warm-up")
     min_lr: float | None = option(None, "learning rate at the end (default: max_lr / 10)")
-    schedule: str = option("cosine", "the learning rate's way down, from warm-up on or late", choices=("cosine", "wsd"))
-    decay_share: float = option(0.5, "share of the steps, the last, in which wsd goes down", high=1)
+    schedule: str = option("cosine", "decay of the learning rate after warm-up", choices=("cosine", "wsd"))
+    decay_fraction: float = option(0.5, "fraction of the steps, at the end, in which wsd decays", high=1)
     warmup_steps: int | None = option(None, "steps of linear warm-up (default: 715, at most max_steps / 10)")
-    optimizer: str = option("adamw", "muon: for the blocks' matrices, adamw for the rest", choices=("adamw", "muon"))
-    muon_ratio: float = option(1.0, "learning rate of muon's matrices, as a multiple of the rest's")
-    weight_decay: float = option(0.1, "decay of matrices and embeddings")
-    grad_clip: float = option(1.0, "largest norm of the gradient; 0 for no limit")
-    dropout: float = option(0.0, "its probability, in embedding, attention and residual", high=0.99)
-    seed: int = option(1337, "of weights, order of rows, dropout", high=2**31)
+    optimizer: str = option(
+        "adamw", "muon updates the matrices of the blocks by Muon, the rest by AdamW", choices=("adamw", "muon")
+    )
+    muon_lr_scale: float = option(1.0, "learning rate of Muon's matrices, as a multiple of AdamW's")
+    weight_decay: float = option(0.1, "weight decay of matrices and embeddings")
+    grad_clip: float = option(1.0, "clip the gradient to this norm; 0 does not clip")
+    dropout: float = option(0.0, "dropout probability, in embeddings, attention and residual branches", high=0.99)
+    seed: int = option(1337, "seed of initial weights, data order and dropout", high=2**31)
     device: str = option(
-        "auto", "where to compute: auto takes cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps")
+        "auto", "device to train on; auto takes cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps")
     )
     dtype: str = option(
         "auto",
-        "precision of matrix products: auto takes bfloat16 where the hardware has it, else float16 on cuda or float32",
+        "precision of matrix products; auto takes bfloat16 where the hardware has it, else float16 on cuda or float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    compile: str = option("auto", "torch.compile: auto where it can work and pays", choices=("auto", "on", "off"))
-    eval_every: int = option(250, "steps between evaluations on the validation tokens; 0 for none")
-    eval_tokens: int = option(10485760, "validation tokens per evaluation, however many ranks", low=1)
-    hellaswag_every: int = option(250, "steps between HellaSwag exams, whose questions are downloaded once; 0 for none")
+    compile: str = option("auto", "use torch.compile; auto where it saves time", choices=("auto", "on", "off"))
+    eval_every: int = option(250, "steps between evaluations of the validation loss; 0 for none")
+    eval_tokens: int = option(10485760, "validation tokens per evaluation, over all ranks", low=1)
+    hellaswag_every: int = option(250, "steps between HellaSwag evaluations (downloads the data once); 0 for none")
     sample_every: int = option(250, "steps between samples; 0 for none")
-    save_every: int = option(1000, "steps between saves; 0 for one at the end")
-    keep: int = option(2, "newest saves to keep, besides the best by validation loss", low=1)
+    save_every: int = option(1000, "steps between checkpoints; 0 for one at the end")
+    keep: int = option(2, "number of newest checkpoints to keep, besides the best by validation loss", low=1)
     wandb: str | None = option(
-        None, "project on Weights & Biases to log to, too (pip install wandb)", metavar="PROJECT"
+        None, "also log to this project on Weights & Biases (pip install wandb)", metavar="PROJECT"
     )
-    dist_timeout: float = option(600.0, "seconds until a rank that waits for another gives up", low=1)
-    dry_run: bool = option(False, "take four steps, say what the run would take, and write nothing")
+    dist_timeout: float = option(600.0, "seconds after which a rank that gets no answer from another stops", low=1)
+    dry_run: bool = option(False, "run four steps, print what the run would take, write nothing")
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up to max_lr, then down to min_lr at max_steps: along a cosine (GPT-3: Brown et al., 2020, appendix
-    B), or with wsd (warm-up, stable, decay) in a line over the last steps alone (Hägele et al., 2024, section 3)."""
+    """Return the learning rate of a step: linear warm-up to max_lr, then decay to min_lr at max_steps.
+
+    cosine decays from the end of warm-up on (GPT-3: Brown et al., 2020, appendix B). wsd (warm-up, stable, decay) stays
+    at max_lr and decays linearly over the last decay_fraction of the steps (Hägele et al., 2024, section 3).
+    """
     if step < config.warmup_steps:
         return config.max_lr * (step + 1) / config.warmup_steps
-    falling = max(1, config.max_steps - config.warmup_steps)
-    if config.schedule == "wsd":
-        height = min(1, (config.max_steps - step) / min(falling, max(1, config.decay_share * config.max_steps)))
+    steps_after_warmup = max(1, config.max_steps - config.warmup_steps)
+    if config.schedule == "cosine":
+        fraction = 0.5 * (1 + math.cos(math.pi * (step - config.warmup_steps) / steps_after_warmup))
     else:
-        height = 0.5 * (1 + math.cos(math.pi * (step - config.warmup_steps) / falling))
-    return config.min_lr + height * (config.max_lr - config.min_lr)
+        decay_steps = min(steps_after_warmup, max(1, config.decay_fraction * config.max_steps))
+        fraction = min(1, (config.max_steps - step) / decay_steps)
+    return config.min_lr + fraction * (config.max_lr - config.min_lr)

@@ -7,7 +7,7 @@ each a flat run of uint16 token ids in one of two formats:
     .bin    llm.c's: 256 int32 (20240520, version 1, token count, zeros), then the ids as uint16
 """
 
-from errors import UserError
+from errors import UserError, first_line
 
 import hashlib
 import json
@@ -30,11 +30,6 @@ VOCAB_SIZE = END_OF_TEXT + 1
 
 BIN_HEADER = 256 * 4  # bytes: 256 int32
 BIN_MAGIC, BIN_VERSION = 20240520, 1
-
-
-def first_line(e: Exception) -> str:
-    """Of what an exception says, or what it is if it says nothing."""
-    return next(iter(str(e).strip().splitlines()), type(e).__name__)
 
 
 def sha256(path: Path) -> str:

@@ -1,12 +1,12 @@
-"""Saving a run so that nothing is lost, and finding the newest save that verifies.
+"""Checkpoints that are complete or absent, and how to find the newest one that verifies.
 
-A save is a directory `step_000250/` that holds a Hugging Face model (weights, config, tokenizer), `trainer_state.pt`
-(what else the run needs to go on) and `checkpoint.json`: the step, the run's configuration, and size and SHA-256 of
-every other file. It is written beside its place under another name, flushed to disk, and renamed: before the rename
-there is no save, after it there is a whole one. Nothing here knows of ranks.
+A checkpoint is a directory `step_000250/`: a Hugging Face model (weights, config, tokenizer), `trainer_state.pt` (what
+else a run needs to resume), the run's logs up to this step, and `checkpoint.json`: the step, the configuration, the
+validation loss, and size and SHA-256 of every other file. It is written under another name, flushed to disk and
+renamed: the rename is the commit. Nothing here knows of ranks.
 """
 
-from errors import UserError
+from errors import UserError, first_line
 
 import errno
 import hashlib
@@ -24,70 +24,63 @@ import torch
 from safetensors import SafetensorError
 from torch.utils._pytree import tree_map_only
 
-from model import GPT, GPT2_VOCAB_SIZE
-from tokens import first_line, sha256
+from model import GPT
+from tokens import VOCAB_SIZE, sha256
 
-UNFINISHED = ".unfinished-"  # what is being written or deleted has this before its name, and is no save
+UNFINISHED = ".unfinished-"  # prefix of what is being written or deleted, which is no checkpoint
+LOGS = "log.txt", "steps.csv"
+# The entries of checkpoint.json and their types. Records that an earlier version wrote have no flags.
+RECORD = dict(step=int, ranks=int, flags=dict, config=dict, data=dict, evaluated=bool, files=dict)
 
 
 class CheckpointError(UserError):
-    """A save that cannot be trusted; the message names the file, what was expected and what was found."""
+    """A checkpoint that cannot be trusted; the message names the file, what was expected and what was found."""
 
 
-class DiskError(OSError):
-    """A save, or a line of a log, that could not be written; the message names the path and what was wrong."""
-
-    def __str__(self) -> str:
-        return f"{self.filename}: {self.strerror}"
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
 
 
-def pretrained(name_or_dir: str | Path, flag: str) -> GPT:
-    """The model with GPT-2's vocabulary that this flag names, by its directory or on the hub. Raises UserError."""
-    try:
-        model = GPT.from_pretrained(name_or_dir)
-    except Exception as e:  # whatever a hub's client may raise, or a file that is no model
-        raise UserError(f"{flag} {name_or_dir}: no GPT-2 there, or out of reach: {first_line(e)}") from None
-    if model.config.vocab_size < GPT2_VOCAB_SIZE:
-        raise UserError(f"{flag} {name_or_dir}: has {model.config.vocab_size} tokens, not GPT-2's {GPT2_VOCAB_SIZE}")
-    return model
+def save(log_dir: Path, model: GPT, trainer_state: dict, logs: dict[str, bytes], record: dict) -> Path:
+    """Write `log_dir/step_NNNNNN`, for the record's step, and return its path.
 
-
-def save(log_dir: Path, step: int, model: GPT, trainer_state: dict, info: dict) -> Path:
-    """Write `log_dir/step_NNNNNN` and return its path; info goes into checkpoint.json as it is.
-
-    Raises DiskError, and leaves nothing behind, if the disk is full or fails.
+    Raise UserError, and leave nothing behind, if the disk is full or fails.
     """
-    final = log_dir / f"step_{step:06d}"
+    final = log_dir / f"step_{record['step']:06d}"
     partial = log_dir / (UNFINISHED + final.name)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
         torch.save(trainer_state, partial / "trainer_state.pt")
+        for name, content in logs.items():
+            (partial / name).write_bytes(content)
         files = {p.name: dict(bytes=p.stat().st_size, sha256=sha256(p)) for p in sorted(partial.iterdir())}
-        record = dict(info, step=step, files=files)
-        (partial / "checkpoint.json").write_bytes(_canonical(dict(record, sha256=_digest(record))))
+        record = dict(record, files=files)
+        (partial / "checkpoint.json").write_bytes(canonical(dict(record, sha256=digest(record))))
         for p in partial.iterdir():
-            _fsync(p)
-        _fsync(partial)
+            fsync(p)
+        fsync(partial)
         partial.rename(final)
-        _fsync(log_dir)
+        fsync(log_dir)
     except (OSError, RuntimeError, SafetensorError) as e:  # torch reports some full disks as RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(log_dir).free
-        raise DiskError(errno.EIO, f"could not be saved: {first_line(e)} ({free:,} bytes are free there)", final) from e
+        raise UserError(f"{final}: could not be written: {first_line(e)} ({free:,} bytes are free there)", 4) from e
     return final
 
 
-class Saver:
-    """Writes one save at a time, in a thread and from a copy of the state: training waits for that copy, and for the
-    save before this one if it is still being written, but not for the disk."""
+class Writer:
+    """Writes one checkpoint at a time, in a thread and from a copy of the state.
+
+    Training waits for the copy, and for the checkpoint before this one, but not for the disk.
+    """
 
     def __init__(self):
         self.pool = ThreadPoolExecutor(max_workers=1)
         self.writing: Future | None = None
 
     def start(self, write: Callable[[GPT, dict], None], model: GPT, trainer_state: dict) -> None:
-        """Call write on copies of both, in the thread; what was started before must have been waited for."""
+        """Call write on copies of model and trainer_state, in the thread. Call wait() first."""
         with torch.device("meta"):  # shapes alone; the copied weights take their places
             copy = GPT(model.config)
         weights, trainer_state = tree_map_only(
@@ -96,30 +89,121 @@ class Saver:
         copy.load_state_dict(weights, assign=True)
         self.writing = self.pool.submit(write, copy, trainer_state)
 
+    @property
+    def failed(self) -> bool:
+        """Whether the last checkpoint could not be written."""
+        return self.writing is not None and self.writing.done() and self.writing.exception() is not None
+
     def wait(self) -> None:
-        """Until nothing is being written any more. Raises what write raised."""
+        """Wait until nothing is being written. Raise what write raised."""
         writing, self.writing = self.writing, None
         if writing is not None:
             writing.result()
 
     def close(self) -> BaseException | None:
-        """Wait, for good; what write raised, if that is not known yet, is returned and not raised."""
+        """Wait, and return an error that wait() has not raised yet."""
         self.pool.shutdown()
         return self.writing and self.writing.exception()
 
 
-def verify(directory: Path) -> dict:
-    """Read a save's checkpoint.json after checking every byte of the save against it. Raises CheckpointError."""
-    path = directory / "checkpoint.json"
+def prune(log_dir: Path, keep: int) -> list[str]:
+    """Delete all checkpoints but the newest `keep` and the best by validation loss. Return a line for each failure."""
+    directories = list(checkpoints(log_dir).values())
+    losses = {d: loss for d in directories if (loss := validation_loss(d)) is not None}
+    best = min(losses, key=losses.get, default=None)
+    failures = []
+    for directory in directories[:-keep]:
+        if directory == best:
+            continue
+        try:
+            shutil.rmtree(directory.rename(log_dir / (UNFINISHED + directory.name)))
+        except OSError as e:
+            failures.append(f"{directory}: could not be deleted ({e.strerror}); the run continues")
+    return failures
+
+
+def validation_loss(directory: Path) -> float | None:
+    """Return a checkpoint's validation loss, or None if it was not evaluated or cannot be read."""
     try:
-        content = path.read_bytes()
-        record = json.loads(content)
-        stated = record.pop("sha256")
-        intact = stated == _digest(record) and content == _canonical(dict(record, sha256=stated))
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{path}: expected a save's record, found none that can be read ({e})") from None
-    if not intact:
-        raise CheckpointError(f"{path}: does not match its own SHA-256")
+        return json.loads((directory / "checkpoint.json").read_bytes())["validation_loss"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def clean(log_dir: Path) -> None:
+    """Remove what a process left unfinished that died while it wrote or deleted a checkpoint."""
+    for p in log_dir.glob(UNFINISHED + "*"):
+        shutil.rmtree(p, ignore_errors=True)
+
+
+def rename_later(log_dir: Path, chosen: Path, step: int) -> list[str]:
+    """Rename the checkpoints after the chosen one, of that step, to `old-…`. Return a line for each."""
+    lines = []
+    for other_step, directory in checkpoints(log_dir).items():
+        if other_step > step and not directory.samefile(chosen):
+            target = directory.rename(unused_name(log_dir / f"old-{directory.name}"))
+            lines.append(f"{directory} is renamed to {target.name}")
+    return lines
+
+
+def archive(log_dir: Path) -> Path | None:
+    """Move the files of the run that is here, and nothing else, to `old-<date-time>/`; return that if it exists."""
+    names = [*LOGS, "run.json", "curves.png"]
+    if (log_dir / "wandb/id.txt").is_file():
+        names.append("wandb")
+    files = [log_dir / name for name in names if (log_dir / name).exists()]
+    files += [p for p in log_dir.iterdir() if re.fullmatch(r"(old-|bad-)?step_\d+(-\d+)?", p.name) and p.is_dir()]
+    if not files:
+        return None
+    old = unused_name(log_dir / f"old-{datetime.now():%Y%m%d-%H%M%S}")
+    old.mkdir()
+    for p in files:
+        p.rename(old / p.name)
+    return old
+
+
+def unused_name(path: Path) -> Path:
+    """Return the path, with a number after it if it exists."""
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate = path.with_name(f"{path.name}-{number}")
+        number += 1
+    return candidate
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def checkpoints(log_dir: Path) -> dict[int, Path]:
+    """Return the checkpoints of a run by step, oldest first, whether they verify or not."""
+    steps = {int(p.name[5:]): p for p in log_dir.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and p.is_dir()}
+    return dict(sorted(steps.items()))
+
+
+def newest(log_dir: Path) -> tuple[Path | None, dict | None, list[str]]:
+    """Return the newest checkpoint that verifies, its record, and why newer ones were skipped.
+
+    Return (None, None, []) if there are no checkpoints. Raise CheckpointError if there are some and none verifies.
+    """
+    directories = checkpoints(log_dir)
+    skipped = []
+    for directory in reversed(directories.values()):
+        try:
+            return directory, verify(directory), skipped
+        except CheckpointError as e:
+            skipped.append(str(e))
+    if skipped:
+        raise CheckpointError(
+            f"--resume: none of the {len(skipped)} checkpoints in {log_dir} verifies: {skipped[0]}; "
+            "restore one, or start a new run without --resume"
+        )
+    return None, None, []
+
+
+def verify(directory: Path) -> dict:
+    """Return the record of a checkpoint after checking every file against it. Raise CheckpointError."""
+    record = read_record(directory / "checkpoint.json")
     for name, expected in record["files"].items():
         path = directory / name
         try:
@@ -133,9 +217,36 @@ def verify(directory: Path) -> dict:
     return record
 
 
+def read_record(path: Path) -> dict:
+    """Return the content of a checkpoint.json that is what a run has written. Raise CheckpointError."""
+    try:
+        content = path.read_bytes()
+        record = json.loads(content)
+        stated = record.pop("sha256")
+        if stated != digest(record) or content != canonical(dict(record, sha256=stated)):
+            raise CheckpointError(f"{path}: does not match its own SHA-256")
+        if "requested" in record:
+            raise CheckpointError(
+                f"{path}: written by an earlier version of this code, which cannot be resumed; "
+                f"--init_from {path.parent} starts a new run from its weights"
+            )
+        for key, kind in RECORD.items():
+            if type(record[key]) is not kind:
+                raise ValueError(f"{key} is {record[key]!r}")
+        for name, file in record["files"].items():
+            if Path(name).name != name or {type(file["bytes"]), type(file["sha256"])} != {int, str}:
+                raise ValueError(f"{name!r} is not a file of a checkpoint")
+        return record
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as e:
+        problem = f"lacks {e}" if isinstance(e, KeyError) else getattr(e, "strerror", None) or first_line(e)
+        raise CheckpointError(f"{path}: cannot be read as the record of a checkpoint ({problem})") from None
+
+
 def load(directory: Path) -> tuple[GPT, dict]:
-    """The model and the trainer state of a save that has been verified, on the CPU. Raises CheckpointError if the files
-    are what was written, but not what a run writes; code in them is refused and never runs."""
+    """Return the model and the trainer state of a checkpoint that has been verified, on the CPU.
+
+    Raise CheckpointError if the files are not what a run writes. Code in them is refused and never runs.
+    """
     try:
         state = torch.load(directory / "trainer_state.pt", map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not {"optimizer", "scaler"} <= state.keys():
@@ -145,107 +256,35 @@ def load(directory: Path) -> tuple[GPT, dict]:
         raise CheckpointError(f"{directory}: cannot be loaded ({first_line(e)})") from None
 
 
-def saves(log_dir: Path) -> dict[int, Path]:
-    """The saves of a run by step, oldest first; whether they verify is another question."""
-    steps = {int(p.name[5:]): p for p in log_dir.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and p.is_dir()}
-    return dict(sorted(steps.items()))
+def load_model(flag: str, name_or_dir: str | Path) -> GPT:
+    """Return the model with GPT-2's vocabulary that this flag names: a directory, or a name on the hub."""
+    try:
+        model = GPT.from_pretrained(name_or_dir)
+    except Exception as e:  # whatever a hub's client may raise, or a file that is not a model
+        raise UserError(f"{flag} {name_or_dir}: no GPT-2 there, or the hub does not answer: {first_line(e)}") from None
+    if model.config.vocab_size < VOCAB_SIZE:
+        raise UserError(f"{flag} {name_or_dir}: has {model.config.vocab_size} tokens, not GPT-2's {VOCAB_SIZE}")
+    return model
 
 
-def newest(log_dir: Path) -> tuple[Path | None, dict | None, list[str]]:
-    """The newest save that verifies, its record, and why newer ones were passed over; (None, None, reasons) if none."""
-    passed_over = []
-    for directory in reversed(saves(log_dir).values()):
-        try:
-            return directory, verify(directory), passed_over
-        except CheckpointError as e:
-            passed_over.append(str(e))
-    return None, None, passed_over
-
-
-def set_aside(log_dir: Path, chosen: Path, step: int) -> list[str]:
-    """Move out of the way what a run that goes on from the chosen save, of that step, will write again: later saves
-    become `old-…`, and those that do not verify, of any step, `bad-…`. Returns a line for each."""
-    lines = []
-    for other_step, directory in saves(log_dir).items():
-        if directory.samefile(chosen):
-            continue
-        try:
-            verify(directory)
-            if other_step < step:
-                continue
-            name = f"old-{directory.name}"
-        except CheckpointError:
-            name = f"bad-{directory.name}"
-        taken = len(list(log_dir.glob(name + "*")))
-        target = directory.rename(log_dir / (f"{name}-{taken + 1}" if taken else name))
-        lines.append(f"{directory} set aside as {target.name}")
-    return lines
-
-
-def archive(log_dir: Path) -> Path | None:
-    """Move the files of the run that lies here, and nothing else, to `old-<date-time>/`; returns that, if any did."""
-    patterns = "log.txt", "steps.csv", "run.json", "curves.png", "wandb", "step_*", "old-step_*", "bad-step_*"
-    files = [p for pattern in patterns for p in log_dir.glob(pattern)]
-    if not files:
-        return None
-    old = log_dir / f"old-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    old.mkdir()
-    for p in files:
-        p.rename(old / p.name)
-    return old
-
-
-def cut_log(path: Path, step: int, kept: tuple[str, ...] = ()) -> None:
-    """Keep of a log the whole lines of earlier steps, and of this one those of the kinds that are named: the run that
-    goes on from here writes the others again."""
-    if path.exists():
-        lines = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            whole = re.fullmatch(r"(\d+)[ ,](\S+).*\n", line)
-            if (
-                line.startswith("step,")
-                or whole
-                and (int(whole[1]) < step or int(whole[1]) == step and whole[2] in kept)
-            ):
-                lines.append(line)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(lines), encoding="utf-8")
-        partial.replace(path)
-
-
-def prune(log_dir: Path, keep: int, best_step: int | None) -> list[str]:
-    """Delete all saves but the newest `keep` and that of best_step. Returns a line for each that would not go."""
-    failures = []
-    for step, directory in list(saves(log_dir).items())[:-keep]:
-        if step == best_step:
-            continue
-        try:
-            shutil.rmtree(directory.rename(log_dir / (UNFINISHED + directory.name)))
-        except OSError as e:
-            failures.append(f"{directory} could not be deleted ({e.strerror}); going on")
-    return failures
-
-
-def clean(log_dir: Path) -> None:
-    """Remove what a process that died while saving or deleting left unfinished."""
-    for p in log_dir.glob(UNFINISHED + "*"):
-        shutil.rmtree(p, ignore_errors=True)
-
-
-def _canonical(record: dict) -> bytes:
+def canonical(record: dict) -> bytes:
+    """Return the one way to write a record."""
     return (json.dumps(record, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
 
 
-def _digest(record: dict) -> str:
-    return hashlib.sha256(_canonical(record)).hexdigest()
+def digest(record: dict) -> str:
+    return hashlib.sha256(canonical(record)).hexdigest()
 
 
-def _fsync(path: Path) -> None:
-    """Wait until a file, or a directory's list of names, is on the disk (Windows has no such thing for directories)."""
-    if path.is_dir() and os.name == "nt":
+def fsync(path: Path) -> None:
+    """Wait until a file, or a directory's list of names, is on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot flush directories
         return
-    fd = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    fd = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as e:
+        if not (path.is_dir() and e.errno == errno.EINVAL):  # some network file systems cannot, either
+            raise
     finally:
         os.close(fd)

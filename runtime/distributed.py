@@ -1,127 +1,191 @@
-"""The processes of a run, and the signals that stop it."""
+"""The processes (ranks) of a run, what they agree on, and the signals that stop them."""
 
-from errors import UserError
+from errors import UserError, first_line
 
 import contextlib
 import os
 import signal
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from threading import Event
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
-def disk_error(e: OSError) -> UserError:
-    return UserError(f"{e.filename}: {e.strerror}" if e.filename else str(e), 4)
+class Distributed:
+    """The ranks of a run and this one's place among them; without torchrun there is one.
 
+    A context manager that connects the ranks and disconnects them. What only one rank can decide, the main rank does
+    (`from_main`); what can fail on one rank fails on all (`agree`).
+    """
 
-@dataclass(frozen=True)
-class Ranks:
-    """The processes of a run and this one's place among them; without torchrun there is one."""
-
-    rank: int
-    local_rank: int
-    size: int
-    local_size: int  # on this host
-    device: torch.device
-
-    @classmethod
-    def start(cls, device: str, timeout: float) -> "Ranks":
-        """Choose this rank's device and meet the others. Raises UserError."""
-        rank, local_rank, size, local_size = (
-            int(os.environ.get(name, default))
+    def __init__(self, timeout: float):
+        """Read torchrun's environment. timeout is in seconds. Raise UserError if the environment is not torchrun's."""
+        self.rank, self.local_rank, self.size, self.local_size = (
+            read_environment(name, default)
             for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
         )
-        has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-        if device == "auto":
-            device = next(d for d in has if has[d])
-        if not has[device]:
-            raise UserError(f"--device {device}: PyTorch finds no such device here; try --device auto")
-        if device == "mps" and size > 1:
-            raise UserError(f"--device mps: one rank at most, not {size}; leave torchrun out, or use --device cpu")
-        if device == "cuda":
-            if local_size > torch.cuda.device_count():
-                n = torch.cuda.device_count()
-                raise UserError(f"{local_size} ranks on a host with {n} GPUs: use --nproc_per_node={n} or --device cpu")
-            device = f"cuda:{local_rank}"
-            torch.cuda.set_device(device)
-        if size > 1:
-            backend = "nccl" if device.startswith("cuda") else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-        return cls(rank, local_rank, size, local_size, torch.device(device))
+        if not 0 <= self.rank < self.size:
+            raise UserError(f"RANK={self.rank}: must be less than WORLD_SIZE={self.size}; start ranks with torchrun")
+        self.timeout = timeout
+        self.device = torch.device("cpu")
 
-    def each(self, fn: Callable):
-        """Run fn on every rank and return its result here; the first UserError of any is raised on all."""
-        result = error = None
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def __enter__(self) -> "Distributed":
+        if self.size > 1:
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            try:
+                dist.init_process_group(backend, timeout=timedelta(seconds=self.timeout))
+            except ValueError as e:  # MASTER_ADDR is not set
+                raise UserError(f"WORLD_SIZE={self.size}: {first_line(e)}; start ranks with torchrun") from None
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
         try:
-            result = fn()
-        except UserError as e:
-            error = e
-        except OSError as e:
-            error = disk_error(e)
-        errors = [error] * self.size
-        if self.size > 1:
-            dist.all_gather_object(errors, error)
-        for error in filter(None, errors):
-            raise error
-        return result
+            if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error)):
+                message = f"rank {self.rank} has lost another rank: {first_line(error)}"
+                raise UserError(f"{message}; --resume continues from the newest checkpoint", 1) from None
+            if isinstance(error, UserError) and error.agreed and self.local_rank > 0:
+                sys.exit(error.status)  # local rank 0 prints the error
+        finally:
+            if self.size > 1:
+                dist.destroy_process_group()
 
-    def first(self, fn: Callable):
-        """Run fn on rank 0 and return its result on every rank; a UserError is raised on all."""
-        result = [self.each(lambda: fn() if self.rank == 0 else None)]
+    def set_device(self, name: str) -> None:
+        """Use this rank's device of that name: cpu, cuda or mps. Raise UserError if there are fewer than ranks."""
+        if name == "mps" and self.size > 1:
+            raise UserError(f"--device mps: one rank at most, not {self.size}; leave torchrun out, or use --device cpu")
+        if name == "cuda":
+            n = torch.cuda.device_count()
+            if self.local_size > n:
+                raise UserError(f"{self.local_size} ranks on a host with {n} GPUs: use --nproc_per_node={n}")
+            name = f"cuda:{self.local_rank}"
+            torch.cuda.set_device(name)
+        self.device = torch.device(name)
+
+    def set_timeout(self, timeout: float) -> None:
+        """Set the seconds after which a rank that gets no answer from another stops."""
+        self.timeout = timeout
         if self.size > 1:
-            dist.broadcast_object_list(result, src=0)
+            _set_pg_timeout(timedelta(seconds=timeout))
+
+    @contextlib.contextmanager
+    def agree(self) -> Iterator[None]:
+        """Wait until all ranks have left this block, and raise the first error of any of them on all.
+
+        A rank may take longer than the timeout in the block, as it shows in the meantime that it is alive. No
+        collective may be called in it.
+        """
+        if self.size == 1:
+            yield
+            return
+        error, finished = None, Event()
+        with ThreadPoolExecutor(1) as pool:
+            everyone_finished = pool.submit(self.wait_for_all, finished)
+            try:
+                yield
+            except (UserError, OSError) as e:
+                error = UserError.from_error(e)
+            finally:
+                finished.set()
+            everyone_finished.result()
+        errors: list = [None] * self.size
+        dist.all_gather_object(errors, error)
+        for error in filter(None, errors):
+            error.agreed = True
+            raise error
+
+    def wait_for_all(self, finished: Event) -> None:
+        """Exchange a sign of life several times per timeout, until all ranks have finished."""
+        unfinished = torch.ones(1)
+        while unfinished > 0:
+            finished.wait(min(10.0, self.timeout / 4))
+            unfinished = torch.tensor([0.0 if finished.is_set() else 1.0])
+            dist.all_reduce(unfinished)
+
+    def from_main(self, function: Callable):
+        """Call a function on the main rank; return its result, or raise its error, on all ranks."""
+        result = [None]
+        with self.agree():
+            if self.is_main:
+                result = [function()]
+        if self.size > 1:
+            dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
         return result[0]
 
-    def add(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensors of all ranks, added up elementwise."""
+    def broadcast_tree(self, tree):
+        """Return the main rank's tree (lists and dicts that hold tensors, on the CPU) on all ranks."""
+        if self.size == 1:
+            return tree
+        layout = self.from_main(lambda: tree_map_only(torch.Tensor, lambda t: t.to("meta"), tree))
+        if not self.is_main:
+            tree = tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="cpu"), layout)
+        for leaf in tree_leaves(tree):
+            if torch.is_tensor(leaf):
+                dist.broadcast(leaf, src=0)
+        return tree
+
+    def broadcast_parameters(self, model: torch.nn.Module) -> None:
+        """Give all ranks the main rank's parameters."""
+        if self.size > 1:
+            for p in model.parameters():
+                dist.broadcast(p.data, src=0)
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the elementwise sum of the ranks' tensors, on this rank's device."""
         tensor = tensor.to(self.device)
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def sum(self, *values: torch.Tensor | float) -> list[float]:
-        """The values added up over all ranks: one collective, one read by the host."""
+        """Return the sums of these values over all ranks, with one collective and one read by the host."""
         scalar = dict(dtype=torch.float32, device=self.device)  # full() fills on the device: no wait, unlike a copy
-        return self.add(
-            torch.stack([v.to(**scalar) if torch.is_tensor(v) else torch.full((), v, **scalar) for v in values])
-        ).tolist()
+        values = [v.to(**scalar) if torch.is_tensor(v) else torch.full((), v, **scalar) for v in values]
+        return self.all_reduce(torch.stack(values)).tolist()
 
 
-class Signals:
-    """SIGTERM and SIGINT ask the run to finish its step, save and stop; a second one ends it at once, if it comes more
-    than a second later: what is sent to every process of a job reaches a rank twice, directly and from torchrun."""
+def read_environment(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise UserError(f"{name}={value}: is not a number; start ranks with torchrun")
+    return int(value)
+
+
+class StopSignals:
+    """SIGTERM and SIGINT ask the run to finish its step, save a checkpoint and stop.
+
+    A second signal ends the process at once if it comes more than a second later: a signal sent to every process of a
+    job reaches a rank twice, directly and from torchrun.
+    """
 
     numbers = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self):
-        self.received = [0.0, 0.0, 0.0]  # by this rank: these two, and that a save has failed
-        self.seen = [0.0, 0.0, 0.0]  # by any rank, as all agreed at the end of the last step
-        self.before = [signal.signal(number, self.receive) for number in self.numbers]
+        self.received = [0.0, 0.0]  # by this rank, of each number
+        self.first_time = 0.0
+        self.handlers_before = [signal.signal(number, self.receive) for number in self.numbers]
 
     def receive(self, number: int, frame) -> None:
-        if any(self.received[:2]):
-            if time.monotonic() > self.first + 1:
+        if any(self.received):
+            if time.monotonic() > self.first_time + 1:
                 os._exit(128 + number)
             return
-        self.first = time.monotonic()
+        self.first_time = time.monotonic()
         self.received[self.numbers.index(number)] = 1.0
-        with contextlib.suppress(OSError):  # whoever read may have ended by the same Ctrl-C
-            os.write(2, b"\nfinishing the step, then saving; a second signal stops at once\n")
-
-    @property
-    def stopping(self) -> signal.Signals | None:
-        """The signal that the ranks have agreed to stop for."""
-        return next((number for number, seen in zip(self.numbers, self.seen, strict=False) if seen), None)
-
-    @property
-    def failed(self) -> bool:
-        """Whether a save has failed."""
-        return self.seen[-1] > 0
+        with contextlib.suppress(OSError):  # the same Ctrl-C may have ended the reader
+            os.write(2, b"\nfinishing the step, then saving a checkpoint; a second signal stops at once\n")
 
     def restore(self) -> None:
-        for number, handler in zip(self.numbers, self.before, strict=True):
+        """Put the handlers back that were there before."""
+        for number, handler in zip(self.numbers, self.handlers_before, strict=True):
             signal.signal(number, handler)

@@ -1,59 +1,85 @@
-"""Command lines from a dataclass of options."""
+"""Command lines from dataclasses: each field of a script's options class is one option."""
 
 from errors import UserError
 
 import argparse
 import difflib
-from dataclasses import fields
-from typing import get_args
-
-from recipe import FULL_RUN, PRESETS, TrainConfig
-
-EPILOG = """
-The defaults above are the published recipe of GPT-2 124M. A preset lays these over them, and your flags go over both:
-{presets}
-
-Ctrl-C or SIGTERM: the step is finished, saved, and the run ends, to go on with --resume; a second one ends it at once.
-Exit status: 0 done, 2 wrong flags or data, 3 loss not finite, 4 disk or network, 130 Ctrl-C, 143 SIGTERM, 1 else.
-
-The full reproduction: {full_run}
-"""
+from dataclasses import field, fields
+from typing import get_args, get_origin
 
 
-def parse_flags(argv: list[str] | None) -> dict:
-    """The options given on the command line and no others, each checked by itself. Raises UserError."""
-    presets = "\n".join(f"  {name:12}" + " ".join(f"{k}={v}" for k, v in p.items()) for name, p in PRESETS.items())
+def option(default, help: str, **metadata):
+    """Declare an option: its default and help, and as metadata what is allowed.
+
+    low, high: bounds of a number; choices: the allowed values; metavar: the value's name in the help;
+    const: the value of the option without one; aliases: further names; positional: whether it is typed without a name;
+    empty: whether a text may be empty.
+    """
+    return field(default=default, metadata=dict(metadata, help=help))
+
+
+def parse_options(cls, argv: list[str] | None, description: str, epilog: str = "") -> dict:
+    """Return the options that were typed, by name. Raise UserError for unknown options and for values out of bounds."""
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EPILOG.format(presets=presets, full_run=FULL_RUN),
+        description=description,
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         exit_on_error=False,
     )
-    for f in fields(TrainConfig):
-        kind = next(t for t in (*get_args(f.type), f.type) if t is not type(None))
-        text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
-        if kind is bool:
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
-        elif f.name == "resume":
-            parser.add_argument("--resume", nargs="?", const="newest", metavar="DIR", help=text)
-        else:
-            choices = f.metadata["choices"] or None
-            metavar = None if choices else f.metadata["metavar"] or kind.__name__.upper()
-            parser.add_argument(f"--{f.name}", type=kind, choices=choices, help=text, metavar=metavar)
+    for f in fields(cls):
+        add_option(parser, f)
     try:
         namespace, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as e:
         raise UserError(str(e).removeprefix("argument ")) from None
     if unknown:
-        known = [f"--{f.name}" for f in fields(TrainConfig)]
+        known = [f"--{f.name}" for f in fields(cls)]
         close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else "see --help"
         raise UserError(f"{unknown[0]}: there is no such option; {hint}")
-    given = vars(namespace)
-    for f in fields(TrainConfig):
-        value, low, high = given.get(f.name), f.metadata["low"], f.metadata["high"]
-        if isinstance(value, int | float) and not low <= value <= high:  # NaN, too
+    flags = vars(namespace)
+    check_values(cls, flags)
+    return flags
+
+
+def add_option(parser: argparse.ArgumentParser, f) -> None:
+    """Add the option of a dataclass field to the parser."""
+    kind = value_type(f)
+    names = [f"--{f.name}", *f.metadata.get("aliases", ())]
+    settings = dict(help=f.metadata["help"] + ("" if f.default in (None, False, ()) else f" (default: {f.default})"))
+    settings["help"] = settings["help"].replace("%", "%%")
+    if kind is bool:
+        parser.add_argument(*names, action=argparse.BooleanOptionalAction, **settings)
+        return
+    settings["type"] = kind
+    if "choices" in f.metadata:
+        settings["choices"] = f.metadata["choices"]
+    else:
+        settings["metavar"] = f.metadata.get("metavar", kind.__name__.upper())
+    if "const" in f.metadata:
+        settings |= dict(nargs="?", const=f.metadata["const"])
+    if get_origin(f.type) is tuple:
+        settings["nargs"] = "*" if f.metadata.get("positional") else "+"
+    if f.metadata.get("positional"):
+        names = [f.name]
+    else:
+        settings["dest"] = f.name
+    parser.add_argument(*names, **settings)
+
+
+def value_type(f) -> type:
+    """Return the type of a field's value, or of each of its values: of `int | None` and `tuple[int, ...]`, int."""
+    return next(t for t in (*get_args(f.type), f.type) if t not in (type(None), ...))
+
+
+def check_values(cls, values: dict) -> None:
+    """Raise UserError if one of these values is not what its option allows."""
+    for f in fields(cls):
+        value = values.get(f.name)
+        low, high = f.metadata.get("low", 0), f.metadata.get("high", 2**40)
+        if isinstance(value, int | float) and not low <= value <= high:  # NaN is not, either
             raise UserError(f"--{f.name} {value}: must be from {low:g} to {high:g}")
-    return given
+        if value == "" and not f.metadata.get("empty"):
+            raise UserError(f"--{f.name}: is empty")

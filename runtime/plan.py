@@ -1,140 +1,298 @@
-"""From flags, preset, checkpoint and data to the configuration of a run."""
+"""How flags, preset, checkpoint and data become the final configuration of a run."""
 
-from errors import UserError
+from errors import UserError, first_line
 
 import math
-import os
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
+
 from data import Data
-from model import GPTConfig
+from model import GPT, GPTConfig
 from recipe import PRESETS, TrainConfig
 from runtime import checkpoint
-from runtime.device import choose_dtype, rows_that_fit
-from runtime.distributed import Ranks
+from runtime.device import choose_device, choose_dtype, eager_reason, free_memory
+from runtime.distributed import Distributed
+from runtime.options import check_values
 
 ROOT = Path(__file__).resolve().parent.parent
+FULL_RUN = "python fineweb.py && torchrun --standalone --nproc_per_node=8 train_gpt2.py --preset gpt2"
 
-
-# What may not change when a run is resumed: with any of these changed it would be another run.
-FIXED = (
-    "n_layer n_head n_embd bias init_from max_steps total_batch_size seq_len max_lr min_lr schedule decay_share "
-    "warmup_steps optimizer muon_ratio weight_decay grad_clip dropout seed"
+# With any of these changed, a resumed run would be another run.
+RESUME_INVARIANT = (
+    "n_layer n_head n_embd bias init_from max_steps total_batch_size seq_len max_lr min_lr schedule decay_fraction "
+    "warmup_steps optimizer muon_lr_scale weight_decay grad_clip dropout seed"
 ).split()
+# These have defaults that depend on the machine. A checkpoint remembers which of them were typed.
+MACHINE_OPTIONS = "device", "dtype", "compile", "micro_batch_size"
 
 
-def find_save(given: dict) -> tuple[Path | None, dict | None, list[str]]:
-    """The save to go on from, its record, and what there is to say about others; Nones for a new run."""
-    if given.get("resume") is None:
+@dataclass(frozen=True)
+class Plan:
+    """What is decided before a run starts, the same on all ranks."""
+
+    config: TrainConfig
+    vocab_size: int
+    machine_flags: dict  # the MACHINE_OPTIONS that were typed, now or in the command that is resumed
+    resume_from: Path | None  # a checkpoint
+    record: dict | None  # its checkpoint.json
+    lines: list[str]  # what to print
+    data: dict | None = None  # the fingerprint of the data
+
+    @property
+    def model_config(self) -> GPTConfig:
+        shape = {name: getattr(self.config, name) for name in ("n_layer", "n_head", "n_embd", "dropout", "bias")}
+        return GPTConfig(self.config.seq_len, self.vocab_size, **shape)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From the flags to the options of the run
+
+
+def merge_flags(flags: dict, ranks: int) -> Plan:
+    """Merge the flags that were typed with the checkpoint, --init_from, the preset and the defaults.
+
+    What depends on the data is left open, for make_plan. Raise UserError.
+    """
+    resume_from, record, lines = find_checkpoint(flags)
+    machine_flags = {name: flags[name] for name in MACHINE_OPTIONS if name in flags}
+    vocab_size, pretrained_options = GPTConfig.vocab_size, {}
+    if record is not None:
+        machine_flags = {k: v for k, v in record["flags"].items() if k in MACHINE_OPTIONS} | machine_flags
+        config = resumed_config(flags, machine_flags, resume_from, record, ranks)
+        vocab_size = GPTConfig.from_pretrained(resume_from).vocab_size
+    else:
+        if "init_from" in flags:
+            pretrained = pretrained_config(flags)
+            vocab_size, pretrained_options = pretrained.vocab_size, shape_options(pretrained)
+        config = new_config(flags, pretrained_options)
+        lines += explain_defaults(flags, config)
+    return Plan(config, vocab_size, machine_flags, resume_from, record, lines)
+
+
+def find_checkpoint(flags: dict) -> tuple[Path | None, dict | None, list[str]]:
+    """Return the checkpoint to resume, its record, and what to print about others; Nones for a new run."""
+    if "resume" not in flags:
         return None, None, []
-    if given["resume"] == "newest":
-        log_dir = Path(given.get("log_dir", TrainConfig.log_dir))
-        directory, record, passed_over = checkpoint.newest(log_dir)
-        notes = [f"passed over a save: {reason}" for reason in passed_over]
+    if flags["resume"] == "newest":
+        log_dir = Path(flags.get("log_dir", TrainConfig.log_dir))
+        directory, record, skipped = checkpoint.newest(log_dir)
+        notes = [f"skipped a checkpoint: {reason}" for reason in skipped]
         if directory is None:
-            notes.append(f"no save {'that verifies ' if notes else ''}in {log_dir}/: this is a new run")
+            notes.append(f"no checkpoint in {log_dir}/: this is a new run")
         return directory, record, notes
-    directory = Path(given["resume"])
-    others = checkpoint.saves(directory) or ({} if directory.exists() else checkpoint.saves(directory.parent))
+    directory = Path(flags["resume"])
+    others = checkpoint.checkpoints(directory) or (
+        {} if directory.exists() else checkpoint.checkpoints(directory.parent)
+    )
     if others:
-        raise UserError(f"--resume {directory}: no save, but there is {', '.join(map(str, others.values()))}")
+        found = ", ".join(map(str, others.values()))
+        raise UserError(f"--resume {directory}: is not a checkpoint; there is {found}")
     try:
         return directory, checkpoint.verify(directory), []
     except checkpoint.CheckpointError as e:
         raise UserError(f"--resume {directory}: {e}; --resume alone takes the newest that verifies") from None
 
 
-def request(
-    given: dict, resumed: Path | None, record: dict | None, pretrained: GPTConfig | None, ranks: Ranks
-) -> TrainConfig:
-    """What is asked for: the flags, over the preset or the save that is resumed, over the defaults."""
-    if record is not None:
-        saved = {name: value for name, value in record["requested"].items() if name in TrainConfig.__annotations__}
-        if record["ranks"] == ranks.size:
-            saved["micro_batch_size"] = record["config"]["micro_batch_size"]
-        if Path(record["config"]["data"]).exists():
-            saved["data"] = record["config"]["data"]
-        if given["resume"] == "newest":
-            saved["log_dir"] = str(resumed.parent)  # where it was found, should that have been moved
-        if given.get("preset", saved["preset"]) != saved["preset"]:
-            saved |= PRESETS[given["preset"]]
-        return TrainConfig(**(saved | given))
-    on_shards = Path(given.get("data") or default_data()).is_dir()
-    defaults = dict(cpu="tiny", mps="small", cuda="gpt2" if on_shards else "small")
-    preset = given.get("preset", defaults[ranks.device.type])
-    values = dict(PRESETS[preset], preset=preset)
-    if pretrained is not None:
-        shape = {name: getattr(pretrained, name) for name in ("n_layer", "n_head", "n_embd", "bias")}
-        for name, value in shape.items():
-            if given.get(name, value) != value:
-                raise UserError(f"--{name} {given[name]}: the model of --init_from has {value}; leave the flag out")
-        if given.get("seq_len", 1) > pretrained.block_size:
-            raise UserError(f"--seq_len {given['seq_len']}: --init_from has {pretrained.block_size} positions")
-        values |= shape | dict(seq_len=pretrained.block_size, max_lr=3e-5, min_lr=None, warmup_steps=None)
-    if "max_steps" in given:
+def resumed_config(flags: dict, machine_flags: dict, resume_from: Path, record: dict, ranks: int) -> TrainConfig:
+    """Return the options of a run that is resumed: the flags, over what the checkpoint says."""
+    values = dict(record["config"], dry_run=False, resume=None, log_dir=str(resume_from.parent))
+    if flags["resume"] != "newest":
+        values["wandb"] = None  # the checkpoint may be somebody else's
+    if not Path(values["data"] or "").exists():
+        values["data"] = default_data()
+    if "preset" in flags and flags["preset"] != values["preset"]:
+        values |= PRESETS[flags["preset"]]
+    values["device"] = choose_device(machine_flags.get("device", "auto"))
+    values["dtype"] = machine_flags.get("dtype", "auto")
+    if (values["device"], ranks) != (record["config"]["device"], record["ranks"]):  # another machine: decide anew
+        for name in "compile", "micro_batch_size":
+            values[name] = machine_flags.get(name, getattr(TrainConfig, name))
+    values |= {name: value for name, value in flags.items() if name != "device"}
+    try:
+        check_values(TrainConfig, values)
+        return TrainConfig(**values)
+    except (TypeError, UserError) as e:
+        raise UserError(f"--resume {resume_from}: checkpoint.json: {e}") from None
+
+
+def pretrained_config(flags: dict) -> GPTConfig:
+    """Return the configuration of the model that --init_from names. Raise UserError if flags contradict it."""
+    name = flags["init_from"]
+    try:
+        config = GPTConfig.from_pretrained(name)
+    except Exception as e:  # whatever a hub's client may raise, or a file that is not a model
+        message = f"--init_from {name}: no GPT-2 there, or the hub does not answer: {first_line(e)}"
+        raise UserError(message) from None
+    for option in "n_layer", "n_head", "n_embd", "bias":
+        if flags.get(option, getattr(config, option)) != getattr(config, option):
+            value = getattr(config, option)
+            raise UserError(f"--{option} {flags[option]}: the model of --init_from has {value}; leave the flag out")
+    if flags.get("seq_len", 1) > config.block_size:
+        raise UserError(f"--seq_len {flags['seq_len']}: the model of --init_from has {config.block_size} positions")
+    return config
+
+
+def shape_options(config: GPTConfig) -> dict:
+    """Return the options that --init_from sets."""
+    shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "bias")}
+    return shape | dict(seq_len=config.block_size, max_lr=3e-5, min_lr=None, warmup_steps=None)
+
+
+def new_config(flags: dict, pretrained_options: dict) -> TrainConfig:
+    """Return the options of a new run: the flags, over --init_from, over the preset, over the defaults."""
+    device = choose_device(flags.get("device", "auto"))
+    data = flags.get("data", default_data())
+    defaults = dict(cpu="tiny", mps="small", cuda="gpt2" if Path(data).is_dir() else "small")
+    preset = flags.get("preset", defaults[device])
+    values = dict(preset=preset, data=data) | PRESETS[preset] | pretrained_options
+    if "max_steps" in flags:
         values.pop("warmup_steps", None)  # a preset's warm-up is for its own length
-    return TrainConfig(**(values | given))
+    return TrainConfig(**(values | flags | dict(device=device)))
+
+
+def explain_defaults(flags: dict, config: TrainConfig) -> list[str]:
+    """Return lines on what was chosen because nothing was typed, and on the run that this project is for."""
+    lines = []
+    if "preset" not in flags:
+        lines.append(f"--preset {config.preset} is the default for {config.device}")
+    if "data" not in flags and not Path(config.data).is_dir():
+        lines.append(f"--data {config.data} is the default, as there are no shards in edu_fineweb10B/")
+    return [*lines, f"GPT-2 124M in full: {FULL_RUN}"]
 
 
 def default_data() -> str:
-    """The prepared shards if they are here, else the text that comes with the project."""
+    """Return the prepared shards if there are any, else the text that comes with the project."""
     shards = ROOT / "edu_fineweb10B"
-    return os.path.relpath(shards if shards.is_dir() and any(shards.glob("*train*")) else ROOT / "input.txt")
+    path = shards if shards.is_dir() and any(shards.glob("*train*")) else ROOT / "input.txt"
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-def resolve(config: TrainConfig, data: Data, ranks: Ranks) -> TrainConfig:
-    """The configuration with nothing left open. Raises UserError where it does not work out."""
-    T, total = config.seq_len, config.total_batch_size
+# ----------------------------------------------------------------------------------------------------------------------
+# From the options and the data to the final configuration
+
+
+def make_plan(plan: Plan, data: Data, dist: Distributed) -> Plan:
+    """Return the plan with nothing left open. Raise UserError if the run cannot be made."""
+    config = resolve_schedule(plan.config, data)
+    check_shape(config)
+    plan = replace(plan, config=config, data=data.fingerprint)
+    with torch.device("meta"):  # shapes alone, to count
+        model = GPT(plan.model_config)
+    config, reason = resolve_machine_options(config, model, dist)
+    lines = summary(config, data, model, dist.size, reason) + plan.lines
+    if plan.record is not None:
+        changed = check_resume(config, data, plan, dist.size)
+        lines.append(f"resumed {plan.resume_from} at step {plan.record['step']}: {changed}")
+    return replace(plan, config=config, lines=lines)
+
+
+def resolve_schedule(config: TrainConfig, data: Data) -> TrainConfig:
+    """Return the configuration with the number of steps and the learning rate decided. Raise UserError."""
     steps, min_lr, warmup = config.max_steps, config.min_lr, config.warmup_steps
     if steps is None:
-        steps = 19073 if data.is_text or data.n_tokens >= 9.5e9 else max(1, data.n_tokens // total)
+        steps = 19073 if data.is_text or data.n_tokens >= 9.5e9 else max(1, data.n_tokens // config.total_batch_size)
     if min_lr is None:
         min_lr = config.max_lr if config.init_from else config.max_lr / 10
     if warmup is None:
         warmup = 0 if config.init_from else min(715, steps // 10)
     if min_lr > config.max_lr:
         raise UserError(f"--min_lr {min_lr:g}: larger than --max_lr {config.max_lr:g}")
-    if config.n_embd % config.n_head:
-        raise UserError(
-            f"--n_head {config.n_head}: does not divide --n_embd {config.n_embd}; "
-            f"{divisor_up_to(config.n_head, config.n_embd)} would"
-        )
+    if warmup > steps > 0:
+        raise UserError(f"--warmup_steps {warmup}: more than --max_steps {steps}")
+    return replace(config, max_steps=steps, min_lr=min_lr, warmup_steps=warmup)
 
-    B, (rows, rest) = config.micro_batch_size, divmod(total, T * ranks.size)
+
+def check_shape(config: TrainConfig) -> None:
+    """Raise UserError if the channels do not divide into heads."""
+    if config.n_embd % config.n_head:
+        divisor = divisor_up_to(config.n_head, config.n_embd)
+        raise UserError(f"--n_head {config.n_head}: does not divide --n_embd {config.n_embd}; {divisor} would")
+
+
+def resolve_machine_options(config: TrainConfig, model: GPT, dist: Distributed) -> tuple[TrainConfig, str | None]:
+    """Return the configuration with precision, micro-batch and compiling decided, and why it is not compiled."""
+    free, needed = free_memory(config.device, dist.local_size), 4 * model.num_parameters()
+    if needed > free:
+        raise UserError(
+            f"the model does not fit into memory: its weights take {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB "
+            "are free; try a smaller --preset"
+        )
+    dtype = choose_dtype(config.dtype, config.device)
+    sequences = sequences_per_step(config, dist.size)  # of each rank
+    B = config.micro_batch_size or divisor_up_to(estimate_micro_batch_size(model, free), sequences)
+    if sequences % B:
+        raise UserError(
+            f"--micro_batch_size {B}: does not divide the {sequences} sequences of a step and rank; "
+            f"{divisor_up_to(B, sequences)} would"
+        )
+    # The whole run counts, and not what is left of it: a resumed run is compiled if the first part was.
+    flops = model.flops_per_token() * config.total_batch_size * config.max_steps
+    reason = eager_reason(config.compile, config.device, flops / dist.size)
+    return replace(config, dtype=dtype, micro_batch_size=B, compile="off" if reason else "on"), reason
+
+
+def sequences_per_step(config: TrainConfig, ranks: int) -> int:
+    """Return the sequences per optimizer step and rank. Raise UserError if they do not add up to the total batch."""
+    T, total = config.seq_len, config.total_batch_size
+    sequences, rest = divmod(total, T * ranks)
     if rest:
-        near = " and ".join(str(n * T * ranks.size) for n in (rows, rows + 1) if n)
-        fits = f", or {divisor_up_to(ranks.size, total // T)} ranks" if ranks.size > 1 and total % T == 0 else ""
+        near = " and ".join(str(n * T * ranks) for n in (sequences, sequences + 1) if n)
+        hint = f", or {divisor_up_to(ranks, total // T)} ranks" if ranks > 1 and total % T == 0 else ""
         raise UserError(
-            f"--total_batch_size {total}: not a multiple of {T * ranks.size} = seq_len {T} × {ranks.size} "
-            f"rank{'s' * (ranks.size > 1)}; {near} would be{fits}"
+            f"--total_batch_size {total}: not a multiple of {T * ranks} = seq_len {T} × {ranks} "
+            f"rank{'s' * (ranks > 1)}; {near} would be{hint}"
         )
-    if B and rows % B:
-        raise UserError(
-            f"--micro_batch_size {B}: does not divide the {rows} rows of a step and rank; "
-            f"{divisor_up_to(B, rows)} would"
-        )
-    B = B or divisor_up_to(rows_that_fit(config, ranks), rows)
-    device, dtype = ranks.device.type, choose_dtype(config.dtype, ranks.device)
-    return replace(
-        config, max_steps=steps, min_lr=min_lr, warmup_steps=warmup, micro_batch_size=B, device=device, dtype=dtype
-    )
+    return sequences
 
 
 def divisor_up_to(limit: int, n: int) -> int:
-    """The largest divisor of n that is at most limit, or 1."""
+    """Return the largest divisor of n that is at most limit, or 1."""
     divisors = {d for small in range(1, math.isqrt(n) + 1) if n % small == 0 for d in (small, n // small)}
     return max(d for d in divisors if d == 1 or d <= limit)
 
 
-def changes(config: TrainConfig, data: Data, ranks: Ranks, directory: Path, record: dict) -> str:
-    """What is otherwise than when the run was saved, and may be. Raises UserError if it would be another run."""
-    old = asdict(TrainConfig()) | record["config"] | dict(ranks=record["ranks"])  # newer options were at their defaults
-    new = asdict(config) | dict(ranks=ranks.size)
-    lines = {k: f"{k} {old[k]} → {new[k]}" for k in new if old[k] != new[k] and k != "resume"}
-    fixed = [line for name, line in lines.items() if name in FIXED]
-    if record["data"] != data.fingerprint:
-        fixed.append(f"the data {old['data']} → {new['data']}, which has other tokens")
-    if fixed:
-        raise UserError(f"--resume {directory}: these may not change in mid-run: {', '.join(fixed)}; start a new run?")
-    return ", ".join(lines.values()) or "nothing changed"
+def estimate_micro_batch_size(model: GPT, free: float) -> int:
+    """Estimate the largest micro-batch that fits into so many bytes. (One that is too large is halved later.)
+
+    Weights, gradients and Adam's moments take 16 bytes a parameter. A token's activations in mixed precision take about
+    48 bytes a channel and layer, and its logits, with their copies and gradients, 18 bytes an entry.
+    """
+    c = model.config
+    bytes_per_token = 48 * c.n_layer * c.n_embd + 18 * c.vocab_size
+    return int((0.8 * free - 16 * model.num_parameters()) / (bytes_per_token * c.block_size))
+
+
+def check_resume(config: TrainConfig, data: Data, plan: Plan, ranks: int) -> str:
+    """Return what has changed since the checkpoint. Raise UserError if it would be another run."""
+    old = asdict(TrainConfig()) | plan.record["config"] | dict(ranks=plan.record["ranks"])  # newer options: defaults
+    new = asdict(config) | dict(ranks=ranks)
+    changed = {k: f"{k} {old[k]} → {new[k]}" for k in new if old[k] != new[k] and k not in ("resume", "dry_run")}
+    forbidden = [line for name, line in changed.items() if name in RESUME_INVARIANT]
+    if plan.record["data"] != data.fingerprint:
+        forbidden.append(f"the data {old['data']} → {new['data']}, which has other tokens")
+    if forbidden:
+        options = ", ".join(forbidden)
+        raise UserError(f"--resume {plan.resume_from}: these may not change in a run: {options}; start a new run?")
+    return ", ".join(changed.values()) or "nothing changed"
+
+
+def summary(config: TrainConfig, data: Data, model: GPT, ranks: int, reason: str | None) -> list[str]:
+    """Return the first lines of a run. reason says why it is not compiled."""
+    kind = "text" if data.is_text else f"{len(data.train)} training shards"
+    origin = f", from {config.init_from}" if config.init_from else ""
+    epochs = config.max_steps * config.total_batch_size / data.n_tokens
+    steps = f"{config.max_steps:,} steps of {config.total_batch_size:,} tokens, {epochs:.2f} epochs"
+    steps += "; nothing is written" if config.dry_run else f"; log and checkpoints in {config.log_dir}/"
+    grad_accum_steps = config.total_batch_size // (config.micro_batch_size * config.seq_len * ranks)
+    compiling = f"not compiled: {reason}" if reason else "compiling (the first time takes a minute)"
+    return [
+        f"preset   {config.preset}",
+        f"model    {config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels, context "
+        f"{config.seq_len}, {model.num_parameters() / 1e6:,.2f}M parameters{origin}",
+        f"data     {config.data} ({kind}): {data.n_tokens:,} training tokens",
+        f"run      {steps if config.max_steps else 'no steps: it only evaluates, and writes nothing'}",
+        f"compute  {ranks} × {config.device}, {config.dtype}, {grad_accum_steps} × {config.micro_batch_size} sequences "
+        f"a step, {compiling}",
+    ]

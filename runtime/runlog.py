@@ -1,7 +1,9 @@
-"""The run's directory, and the terminal."""
+"""What a run leaves in its directory and prints on the terminal."""
 
-from errors import UserError
+from errors import UserError, first_line, silence
 
+import contextlib
+import errno
 import json
 import os
 import platform
@@ -12,8 +14,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Thread
 
 import numpy as np
 import torch
@@ -21,231 +21,177 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import plot
-from data import Data
-from model import GPT
-from recipe import FULL_RUN, TrainConfig
+from recipe import TrainConfig
 from runtime import checkpoint
-from runtime.distributed import Ranks
-from tokens import first_line
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 class WandB:
-    """What RunLog writes, on Weights & Biases, too. A thread of its own sends it: no step waits for that, and whatever
-    goes wrong there, from the import to the end, costs a line and not the run."""
+    """Logs to Weights & Biases. Whatever fails there costs one line, and not the run."""
 
-    patience = 60.0  # seconds, for its beginning and for its end
+    timeout = 60.0  # seconds, for its start and for its end
 
-    def __init__(self, config: dict, log_dir: Path, say: Callable):
-        self.rows, self.say, self.given_up = SimpleQueue(), say, False
-        self.thread = Thread(target=self.send, args=(config, log_dir), daemon=True)
-        self.thread.start()
-
-    def log(self, step: int, **values: float) -> None:
-        self.rows.put((step, values))
-
-    def send(self, config: dict, log_dir: Path) -> None:
-        os.environ.setdefault("WANDB_SILENT", "true")  # no questions, and nothing over the progress bar
-        os.environ.setdefault("WANDB_CACHE_DIR", str(log_dir))  # it adds the wandb/ itself
-        settings = dict(project=config["wandb"], console="off", resume="allow", init_timeout=self.patience)
-        settings |= dict(finish_timeout=self.patience, finish_timeout_raises=True)
-        id_file = log_dir / "wandb/id.txt"  # a run that is resumed goes on there, too
+    def __init__(self, config: dict, log_dir: Path, print_line: Callable[[str], None]):
+        self.run, self.print_line = None, print_line
+        os.environ.setdefault("WANDB_SILENT", "true")  # no questions, and no lines over the progress bar
+        os.environ.setdefault("WANDB_CACHE_DIR", str(log_dir))
+        settings = dict(project=config["wandb"], console="off", resume="allow", init_timeout=self.timeout)
+        settings |= dict(finish_timeout=self.timeout, finish_timeout_raises=True)
+        id_file = log_dir / "wandb/id.txt"  # a resumed run continues the same run there
         if id_file.exists():
             settings["run_id"] = id_file.read_text(encoding="utf-8")
-        try:
+        with self.one_line_for_errors():
             import wandb
 
-            try:
-                run = wandb.init(dir=log_dir, config=config, settings=settings)
-                id_file.write_text(run.id, encoding="utf-8")
-                self.say(f"Weights & Biases: {run.url or run.dir}")
-                for step, values in iter(self.rows.get, None):
-                    run.log(values, step=step)
-                run.finish()
-            finally:
-                wandb.teardown()  # ends its process, or forgets one that has died
-        except Exception as e:
-            if not self.given_up:
-                self.say(f"no Weights & Biases: {first_line(e)}")
+            self.run = wandb.init(dir=log_dir, config=config, settings=settings)
+            id_file.write_text(self.run.id, encoding="utf-8")
+            print_line(f"Weights & Biases: {self.run.url or self.run.dir}")
+
+    def log(self, step: int, **values: float) -> None:
+        with self.one_line_for_errors():
+            if self.run is not None:
+                self.run.log(values, step=step)
 
     def close(self) -> None:
-        """Wait until all is sent, but not for ever."""
-        self.rows.put(None)
-        self.thread.join(1.5 * self.patience)
-        if self.thread.is_alive():
-            self.given_up = True
-            self.say("no Weights & Biases: it does not answer")
-            Thread(target=lambda: sys.modules["wandb"].teardown(), daemon=True).start()  # else Python's exit would wait
+        with self.one_line_for_errors():
+            if self.run is not None:
+                self.run.finish()
+
+    @contextlib.contextmanager
+    def one_line_for_errors(self):
+        try:
+            yield
+        except Exception as e:
+            self.run = None
+            self.print_line(f"no Weights & Biases: {first_line(e)}")
 
 
 class RunLog:
-    """What a run leaves in its directory and shows on the terminal; rank 0 has one.
+    """The files and the terminal of a run. On ranks other than the main one it prints and writes nothing.
 
-    log.txt     `{step} train {loss}`, `{step} val {loss}`, `{step} hella {acc}`: three fields and nothing else
+    log.txt     `{step} train {loss}`, `{step} val {loss}`, `{step} hella {accuracy}`: three fields and nothing else
     steps.csv   step, tokens so far, loss, lr, norm, seconds, for each optimizer step
     run.json    configuration, versions, hardware, counts
     """
 
-    def __init__(self, config: TrainConfig):
-        self.config = config
+    def __init__(self, config: TrainConfig, is_main: bool):
+        self.config, self.is_main = config, is_main
         self.dir = Path(config.log_dir)
         self.lock = FileLock(self.dir / ".lock")
-        self.files, self.bar, self.wandb = [], None, None
-        existing = next(p for p in (self.dir, *self.dir.absolute().parents) if p.exists())
-        if not existing.is_dir():
-            raise UserError(f"--log_dir {self.dir}: {existing} is a file, not a directory")
-        if not os.access(existing, os.W_OK):
-            raise UserError(f"--log_dir {self.dir}: {existing} cannot be written to")
+        self.files, self.bar, self.wandb = {}, None, None
 
-    def open(self, resumed: Path | None, step: int, facts: dict) -> None:
-        """Lock the directory; move an older run out of the way; of the run that goes on keep, or bring from where the
-        save is, the log up to its step."""
+    def open(self, step: int, resume_from: Path | None, metadata: dict) -> None:
+        """Lock the directory, archive an earlier run or restore the logs of the resumed one, and open the logs."""
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
             checkpoint.clean(self.dir)
-            source = resumed and resumed.resolve().parent
-            here = source == self.dir.resolve()
-            if here:
-                for line in checkpoint.set_aside(self.dir, resumed, step):
-                    self.say(line)
+            if resume_from is not None and resume_from.parent.samefile(self.dir):
+                for line in checkpoint.rename_later(self.dir, resume_from, step):
+                    self.print(line)
             elif old := checkpoint.archive(self.dir):
-                saved = [*checkpoint.saves(old).values()]
-                back = f"; --resume {saved[-1]} would go on with it" if saved else ""
-                self.say(f"the run that was in {self.dir} is now in {old}{back}")
-            if source is not None:
-                again = dict(val=self.config.eval_every, hella=self.config.hellaswag_every)
-                kept = tuple(kind for kind, every in again.items() if not is_due(every, step, self.config.max_steps))
-                for name, kinds in ("log.txt", kept), ("steps.csv", ()):
-                    if not here and (source / name).exists():
-                        shutil.copy(source / name, self.dir)
-                    checkpoint.cut_log(self.dir / name, step, kinds)
-            (self.dir / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-            # Line by line: what is written is on its way to the disk, whatever happens to this process.
-            self.files = [
-                open(self.dir / name, "a", encoding="utf-8", buffering=1) for name in ("log.txt", "steps.csv")
-            ]
-            if self.files[1].tell() == 0:
-                self.files[1].write("step,tokens,loss,lr,norm,seconds\n")
+                found = list(checkpoint.checkpoints(old).values())
+                hint = f"; --resume {found[-1]} continues it" if found else ""
+                self.print(f"the run that was in {self.dir} is now in {old}{hint}")
+            if resume_from is not None:
+                for name in checkpoint.LOGS:  # as they were at this step
+                    shutil.copyfile(resume_from / name, self.dir / name)
+            (self.dir / "run.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+            for name in checkpoint.LOGS:
+                # A line at a time: what is written survives the death of this process.
+                self.files[name] = open(self.dir / name, "a", encoding="utf-8", buffering=1)
+            if self.files["steps.csv"].tell() == 0:
+                self.write("steps.csv", "step,tokens,loss,lr,norm,seconds")
         except Timeout:
             raise UserError(f"--log_dir {self.dir}: another run is writing there; give this one its own") from None
         except OSError as e:
-            raise UserError(f"--log_dir {self.dir}: {e.filename} cannot be used ({e.strerror})") from None
+            status = 4 if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2
+            raise UserError(f"--log_dir {self.dir}: {e.filename} cannot be written ({e.strerror})", status) from None
         # A terminal may have no size, as `script` makes them: a bar would be invisible there.
         if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines:
             self.bar = tqdm(total=self.config.max_steps, initial=step, unit="step", dynamic_ncols=True)
         if self.config.wandb:
-            self.wandb = WandB(facts["config"], self.dir, self.say)
+            self.wandb = WandB(metadata["config"], self.dir, self.print)
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
         if self.wandb is not None:
             self.wandb.close()
-        for file in self.files:
-            file.close()
+        for file in self.files.values():
+            with contextlib.suppress(OSError):  # write() has raised it already
+                file.close()
         self.lock.release()
 
-    def write(self, i: int, line: str) -> None:
-        """Add a line to one of the files. Raises DiskError."""
-        try:
-            self.files[i].write(line + "\n")
-        except OSError as e:
-            raise checkpoint.DiskError(e.errno, f"cannot be written to ({e.strerror})", self.files[i].name) from None
+    def write(self, name: str, line: str) -> None:
+        """Add a line to a file. Raise UserError if the disk is full or fails."""
+        if name in self.files:
+            try:
+                self.files[name].write(line + "\n")
+            except OSError as e:
+                raise UserError(f"{self.dir / name}: could not be written: {e.strerror}", 4) from None
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         """Print a line, above the progress bar if there is one."""
+        if not self.is_main:
+            return
         try:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
-        except BrokenPipeError:  # whoever read has ended, like the tee of `… | tee out` at Ctrl-C; the run has not
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # the reader has ended, like the tee of `… | tee out` at Ctrl-C; the run has not
+            silence(1)
 
-    def train(self, step: int, loss: float, lr: float, norm: float, seconds: float, mfu: float | None) -> None:
-        """The step that led to step + 1, which took so many seconds."""
+    def step(self, step: int, stats, mfu: float | None) -> None:
+        """Log an optimizer step: its StepStats, and its MFU where the device's peak is known."""
         batch = self.config.total_batch_size
-        self.write(0, f"{step} train {loss:.9g}")
-        self.write(1, f"{step},{(step + 1) * batch},{loss:.9g},{lr:.9g},{norm:.9g},{seconds:.6g}")
+        tokens, speed = (step + 1) * batch, batch / stats.seconds
+        self.write("log.txt", f"{step} train {stats.loss:.9g}")
+        fields = f"{stats.loss:.9g},{stats.lr:.9g},{stats.grad_norm:.9g},{stats.seconds:.6g}"
+        self.write("steps.csv", f"{step},{tokens},{fields}")
         if self.wandb is not None:
-            tokens = dict(tokens=(step + 1) * batch, tokens_per_second=batch / seconds)
-            self.wandb.log(step, train=loss, lr=lr, norm=norm, **tokens)
-        speed = f"{batch / seconds:,.0f} tok/s, MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"
+            values = dict(train=stats.loss, lr=stats.lr, norm=stats.grad_norm, tokens=tokens, tokens_per_second=speed)
+            self.wandb.log(step, **values)
+        shown = f"{speed:,.0f} tok/s, MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.4f}, {speed}", refresh=False)
+            self.bar.set_postfix_str(f"loss {stats.loss:.4f}, {shown}", refresh=False)
             self.bar.update()
         else:
-            left = timedelta(seconds=round(seconds * (self.config.max_steps - step - 1)))
-            self.say(f"step {step}: loss {loss:.4f}, norm {norm:.3f}, lr {lr:.2e}, {speed}, {left} left")
+            left = timedelta(seconds=round(stats.seconds * (self.config.max_steps - step - 1)))
+            line = f"step {step}: loss {stats.loss:.4f}, norm {stats.grad_norm:.3f}, lr {stats.lr:.2e}, {shown}"
+            self.print(f"{line}, {left} left")
 
     def result(self, step: int, name: str, value: float, text: str) -> None:
-        """An evaluation of the weights as they are at a step."""
-        if self.files:
-            self.write(0, f"{step} {name} {value:.9g}")
+        """Log the result of an evaluation of the weights as they are at a step."""
+        self.write("log.txt", f"{step} {name} {value:.9g}")
         if self.wandb is not None:
             self.wandb.log(step, **{name: value})
-        self.say(f"step {step}: {text} {value:.4f}")
+        self.print(f"step {step}: {text} {value:.4f}")
 
-    def draw(self) -> None:
-        """Draw the curves of the run so far."""
-        try:
-            plot.draw([self.dir], self.dir / "curves.png")
-        except Exception as e:  # whatever it is: the run is over, and well
-            self.say(f"no {self.dir / 'curves.png'}: {first_line(e)}")
+    def contents(self) -> dict[str, bytes]:
+        """Return what the files hold by now."""
+        return {name: (self.dir / name).read_bytes() for name in self.files}
 
-    def best_saved_step(self, before: int) -> int | None:
-        """The step, among those saved before this one, with the lowest validation loss."""
-        saved = checkpoint.saves(self.dir)
-        lines = [line.split() for line in (self.dir / "log.txt").read_text(encoding="utf-8").splitlines()]
-        losses = {
-            int(step): float(value)
-            for step, name, value in lines
-            if name == "val" and int(step) < before and int(step) in saved
-        }
-        return min(losses, key=losses.get, default=None)
+    def plot(self) -> None:
+        """Draw the curves of the run."""
+        if self.files:
+            try:
+                plot.draw([self.dir], self.dir / "curves.png")
+            except Exception as e:  # whatever it is: the run itself has ended well
+                self.print(f"no {self.dir / 'curves.png'}: {first_line(e)}")
 
 
-def is_due(every: int, step: int, max_steps: int) -> bool:
-    """Whether something that comes every so many steps, and at the end, comes at this one."""
-    return every > 0 and (step % every == 0 or step == max_steps)
-
-
-def facts(config: TrainConfig, ranks: Ranks, model: GPT, data: Data) -> dict:
-    """What to know of a run later on: for run.json."""
+def run_metadata(config: TrainConfig, ranks: int, parameters: int, train_tokens: int) -> dict:
+    """Return what to know of a run later: the content of run.json."""
     git = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return dict(
         config=asdict(config),
         git_commit=git.stdout.strip() if git and git.returncode == 0 else None,
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
-        device=torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device.type,
-        ranks=ranks.size,
+        device=torch.cuda.get_device_name() if config.device == "cuda" else config.device,
+        ranks=ranks,
         machine=platform.machine(),
         threads=torch.get_num_threads(),
-        parameters=model.num_parameters(),
-        train_tokens=data.n_tokens,
+        parameters=parameters,
+        train_tokens=train_tokens,
     )
-
-
-def introduce(
-    config: TrainConfig, given: dict, resumed: Path | None, data: Data, ranks: Ranks, model: GPT, eager: str | None
-) -> list[str]:
-    """The first lines of a run: what was chosen, and why."""
-    why = "as asked" if "preset" in given else "of the save" if resumed else f"the default on {config.device}"
-    origin = f", from {config.init_from}" if config.init_from else ""
-    kind = "text" if data.is_text else f"{len(data.train)} training shards"
-    by_default = "" if "data" in given or resumed else ", the default"
-    by_default += ", as there are no shards in edu_fineweb10B/" if by_default and data.is_text else ""
-    tokens, B = config.max_steps * config.total_batch_size, config.micro_batch_size
-    accumulate = config.total_batch_size // (B * config.seq_len * ranks.size)
-    plan = f"{config.max_steps:,} steps of {config.total_batch_size:,} tokens, {tokens / data.n_tokens:.2f} epochs"
-    plan += "; nothing is written" if config.dry_run else f"; log and saves in {config.log_dir}/"
-    return [
-        f"preset   {config.preset} ({why})",
-        f"model    {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, context {config.seq_len}, "
-        f"{model.num_parameters() / 1e6:,.2f}M parameters{origin}",
-        f"data     {config.data} ({kind}{by_default}): {data.n_tokens:,} training tokens",
-        f"run      {plan if config.max_steps else 'no steps: it only evaluates, and writes nothing'}",
-        f"compute  {ranks.size} × {config.device}, {config.dtype}, {accumulate} × {B} rows a step, "
-        f"{f'not compiled: {eager}' if eager else 'compiling (the first time takes a minute)'}",
-        f"GPT-2 124M in full: {FULL_RUN}",
-    ]

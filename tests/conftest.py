@@ -78,7 +78,7 @@ def assert_close(a: dict, b: dict) -> None:
 
 
 def weights(log_dir: Path) -> bytes:
-    """Those of the newest save."""
+    """Return the weights of the newest checkpoint."""
     return (max(log_dir.glob("step_*")) / "model.safetensors").read_bytes()
 
 
@@ -97,29 +97,44 @@ def wait_for_step(log_dir: Path, step: int, process: subprocess.Popen) -> None:
 FAULTY = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
+from errors import run_script
 import torch, train_gpt2
-from runtime import checkpoint, runlog
 from model import GPT
-rank, forward, calls = int(os.environ.get("RANK", 0)), GPT.forward, 0
+from runtime import checkpoint, runlog
+rank, step, micro_step, calls = int(os.environ.get("RANK", 0)), -1, 0, 0
+forward, train_step = GPT.forward, train_gpt2.Trainer.train_step
+
+def counted_train_step(trainer):
+    global step, micro_step
+    step, micro_step = trainer.step, -1
+    return train_step(trainer)
 
 def faulty(model, idx, targets=None):
-    global calls
+    global calls, micro_step
     calls += model.training
+    micro_step += model.training
     _, loss = result = forward(model, idx, targets)
 {fault}
     return result
 
-GPT.forward = faulty
-sys.exit(train_gpt2.main())
+train_gpt2.Trainer.train_step, GPT.forward = counted_train_step, faulty
+sys.exit(run_script(train_gpt2.main))
 """
 
 
 def with_fault(directory: Path, fault: str) -> Path:
-    """A script that is train_gpt2.py but for code that runs after each forward pass, where it has rank, loss and calls,
-    the number of passes in training: the trial is the first, and with one micro-batch a step, step s is number s + 2."""
+    """Write a script that is train_gpt2.py, but for code that runs after each forward pass.
+
+    The code has rank, loss, model, and step and micro_step of training; step is -1 in the probe, calls counts the passes.
+    """
     script = directory / "faulty.py"
     script.write_text(FAULTY.format(root=str(ROOT), fault=indent(fault, "    ")))
     return script
+
+
+def at_step(step: int, code: str, rank: int = 0, micro_step: int = 0) -> str:
+    """Return a fault: code that runs in one forward pass of one rank."""
+    return f"if (rank, step, micro_step) == ({rank}, {step}, {micro_step}):\n" + indent(code, "    ")
 
 
 def perturbed(config: GPTConfig, seed: int = 0, std: float = 0.05) -> GPT:

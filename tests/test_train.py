@@ -40,7 +40,7 @@ from conftest import (
 from model import GPT, GPTConfig
 from recipe import TrainConfig
 from runtime import checkpoint
-from runtime.device import choose_dtype, keep_pages
+from runtime.device import choose_dtype, tune_malloc
 from runtime.distributed import Ranks as RealRanks
 
 
@@ -149,7 +149,7 @@ def test_the_fast_path_learns_what_the_plain_path_learns(tmp_path, dtype, bound)
     assert process.returncode == 0, output
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    keep_pages()  # half the time, and the same sums
+    tune_malloc()  # half the time, and the same sums
     amp = partial(torch.autocast, "cpu", torch.bfloat16, enabled=dtype == "bfloat16")
     lrs = rates(cosine, 300, 40, 6e-4, 0.0)
     plain = straightforward_loop(theirs, ROOT / "input.txt", 256, 8, lrs, 5, 0.1, 1.0, amp=amp)
