@@ -381,7 +381,7 @@ class GPT(nn.Module):
         muon_lr_scale: float | None = None,
         muon_dtype: torch.dtype = torch.float32,
     ) -> torch.optim.AdamW:
-        """Return AdamW (Loshchilov & Hutter, 2019). It decays matrices and embeddings, not biases and LayerNorm weights.
+        """Return AdamW (Loshchilov & Hutter, 2019), with weight decay for matrices and embeddings only.
 
         With a muon_lr_scale, Muon updates the matrices of the blocks, at that multiple of the learning rate. Query, key
         and value are three matrices.
