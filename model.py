@@ -1,7 +1,7 @@
 """GPT-2, the whole network in one file.
 
 Language Models are Unsupervised Multitask Learners (Radford et al., 2019), with OpenAI's own parameter names, so that
-a checkpoint here and a checkpoint of Hugging Face's `GPT2LMHeadModel` are one and the same.
+a checkpoint of this model and one of Hugging Face's `GPT2LMHeadModel` have the same tensors.
 
 Shapes: B sequences of T tokens, C = n_embd channels, nh heads of hs = C / nh channels, V = vocab_size.
 """
@@ -22,8 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from muon import Muon
-
-GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, <|endoftext|>
+from tokens import ASSETS, END_OF_TEXT, VOCAB_SIZE
 
 # The four published sizes: 124M, 350M, 774M and 1558M parameters.
 SIZES = {
@@ -49,7 +48,7 @@ HF_CONFIG = dict(
 @dataclass(frozen=True)
 class GPTConfig:
     block_size: int = 1024  # the longest context, in tokens
-    vocab_size: int = GPT2_VOCAB_SIZE
+    vocab_size: int = VOCAB_SIZE  # 256 bytes, 50,000 merges, <|endoftext|>
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -64,7 +63,7 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding matrix: vocab_size rounded up to a multiple of 128, which matrix hardware likes."""
+        """Return the rows of the embedding matrix: vocab_size rounded up to a multiple of 128, for fast kernels."""
         return (self.vocab_size + 127) // 128 * 128
 
     @classmethod
@@ -77,10 +76,10 @@ class GPTConfig:
 
     @classmethod
     def from_hf(cls, hf: dict) -> GPTConfig:
-        """From the content of a Hugging Face config.json. Raises ValueError if it is not GPT-2's."""
+        """Return the configuration that a Hugging Face config.json holds. Raise ValueError if it is not GPT-2's."""
         try:
             if hf["model_type"] != "gpt2":
-                raise ValueError(f"no GPT-2: its config.json has model_type {hf['model_type']!r}")
+                raise ValueError(f"not a GPT-2: its config.json has model_type {hf['model_type']!r}")
             for key, ours in HF_CONFIG.items():
                 theirs = hf.get(key, ours)
                 if theirs != ours and not (key == "n_inner" and theirs == 4 * hf["n_embd"]):
@@ -89,11 +88,10 @@ class GPTConfig:
             dropout, bias = hf.get("resid_pdrop", 0.1), hf.get("bias", True)
             return cls(block_size=int(hf["n_positions"]), dropout=dropout, bias=bias, **shape)
         except (KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"no GPT-2: its config.json is not a model's ({e!r})") from None
+            raise ValueError(f"not a GPT-2: its config.json is not a model's ({e!r})") from None
 
     def to_hf(self) -> dict:
-        """The content of a Hugging Face config.json; `bias` is of our own, and of no meaning to others."""
-        end = GPT2_VOCAB_SIZE - 1
+        """Return the content of a Hugging Face config.json. Other programs ignore `bias`."""
         return HF_CONFIG | dict(
             architectures=["GPT2LMHeadModel"],
             model_type="gpt2",
@@ -106,8 +104,8 @@ class GPTConfig:
             attn_pdrop=self.dropout,
             resid_pdrop=self.dropout,
             bias=self.bias,
-            bos_token_id=end,
-            eos_token_id=end,
+            bos_token_id=END_OF_TEXT,
+            eos_token_id=END_OF_TEXT,
             dtype="float32",
         )
 
@@ -128,12 +126,12 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
-            k, v = cache.extend(k, v)  # (B, nh, T so far, hs), on a CPU in float32
-        # A single query is the newest token, which may look at every key; only several at once need the causal mask.
+            k, v = cache.update(k, v)  # (B, nh, T so far, hs), in float32 on a CPU
+        # A single query is the newest token, which attends to every key; only several at once need the causal mask.
         causal = mask is None and T > 1
         dropout_p = self.attn_dropout.p if self.training else 0.0
         y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, mask, dropout_p, is_causal=causal)  # (B, nh, T, hs)
-        y = y.to(q.dtype).transpose(1, 2).contiguous().view(B, T, C)  # heads side by side again
+        y = y.to(q.dtype).transpose(1, 2).contiguous().view(B, T, C)  # (B, T, C): heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -164,18 +162,19 @@ class Block(nn.Module):
 
 
 class KVCache:
-    """A layer's keys and values of the tokens seen so far, so that generating a token costs one token's work.
+    """Keys and values of a layer for the tokens so far, so that generating a token computes one token.
 
-    Two buffers (B, nh, block_size, hs), filled up to `length`; several tokens at once (T > 1) only while empty. On a
-    CPU they are in float32, in which attention for a single query is faster (AVX512-BF16: four times) than in bfloat16.
+    Two buffers (B, nh, block_size, hs) hold `length` tokens. The first update may add several tokens, later ones add
+    one. On a CPU the buffers are float32: attention for a single query is slower there in bfloat16 (AVX512-BF16: four
+    times).
     """
 
     def __init__(self, block_size: int):
         self.block_size = block_size
         self.length = 0
 
-    def extend(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep the new keys and values (B, nh, T, hs); returns all there are, each (B, nh, length, hs)."""
+    def update(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the new keys and values (B, nh, T, hs); return all of them, each (B, nh, length, hs)."""
         B, nh, T, hs = k.size()
         if self.length == 0:
             dtype = torch.float32 if k.device.type == "cpu" else k.dtype
@@ -203,12 +202,15 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Normal with std 0.02, biases zero, gains one; section 2.3 of the paper scales the residual projections by
-        1/√N, N = 2·n_layer being the number of residual additions. The rows that pad the vocabulary are zero."""
+        """Initialize weights from a normal distribution with std 0.02, biases with zeros, LayerNorm weights with ones.
+
+        The residual projections are scaled by 1/√N for N = 2·n_layer residual additions (section 2.3 of the paper). The
+        rows that pad the vocabulary are zero.
+        """
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif p.dim() == 1:  # LayerNorm's gain
+            elif p.dim() == 1:  # a LayerNorm's weight
                 nn.init.ones_(p)
             else:
                 residual = name.endswith("c_proj.weight")
@@ -218,8 +220,11 @@ class GPT(nn.Module):
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """`model(idx)` -> (logits, None), float32 (B, T, V). `model(idx, targets)` -> (None, loss), the mean
-        cross-entropy in nats. idx and targets are (B, T) of int64; raises ValueError where T exceeds block_size."""
+        """Return (logits, None) for idx (B, T), and (None, loss) for idx and targets (B, T), all of int64.
+
+        The logits are float32 (B, T, V), the loss is the mean cross-entropy in nats. Raise ValueError if T is larger
+        than block_size.
+        """
         logits = self.head(self.hidden(idx))
         if targets is None:
             return logits, None
@@ -232,10 +237,11 @@ class GPT(nn.Module):
         mask: torch.Tensor | None = None,
         caches: list[KVCache] | None = None,
     ) -> torch.Tensor:
-        """The last layer's output for tokens idx (B, T), normalised: (B, T, C).
+        """Return the output of the last LayerNorm for tokens idx (B, T): (B, T, C).
 
-        pos (T) or (B, T) places the tokens elsewhere than one after the other; mask, boolean (B, 1, T, T), says which
-        may look at which, in place of the causal mask. With caches, one a layer, the tokens continue what they hold.
+        pos, (T) or (B, T), are the tokens' positions, by default one after the other. mask, boolean (B, 1, T, T), says
+        which token attends to which, in place of the causal mask. With caches, one per layer, the tokens follow those
+        that the caches hold.
         """
         past = caches[0].length if caches else 0
         T = idx.size(1)
@@ -249,8 +255,11 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
-        """Hidden states (..., C) to float32 logits (..., V). The head's matrix is the token embedding's (tied);
-        padded ids are cut off, so they have no probability, and their rows get no gradient."""
+        """Return the float32 logits (..., V) for hidden states (..., C).
+
+        The matrix of the head is the token embedding (tied). Padded ids are cut off: they have no probability, and
+        their rows get no gradient.
+        """
         return F.linear(x, self.transformer.wte.weight)[..., : self.config.vocab_size].float()
 
     def generate(
@@ -264,12 +273,12 @@ class GPT(nn.Module):
         generator: torch.Generator | None = None,
         use_cache: bool = True,
     ) -> torch.Tensor:
-        """Continue each row of idx (B, T) by up to max_new_tokens; returns prompt and continuation (B, T + new).
+        """Continue each sequence of idx (B, T) by up to max_new_tokens; return prompt and continuation (B, T + new).
 
-        temperature 0 takes the likeliest token; top_k keeps that many of the likeliest, top_p (Holtzman et al., 2020,
-        section 3.1) the fewest that hold that much probability. A row that has produced stop_token is filled up with
-        it, and generation ends once every row has. Past block_size, each token is computed from the last block_size
-        tokens: their positions all move, so there the cache cannot help.
+        temperature 0 takes the most likely token. top_k keeps the k most likely tokens, top_p (Holtzman et al., 2020,
+        section 3.1) the fewest tokens with that much probability. A sequence that has generated stop_token is filled up
+        with it, and generation ends once every sequence has. Past block_size, each token is computed from the last
+        block_size tokens: all their positions change, so there the cache cannot help.
         """
         steps = self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop_token, generator, use_cache)
         return torch.cat((idx, *(token[:, None] for token in steps)), dim=1)
@@ -286,7 +295,7 @@ class GPT(nn.Module):
         generator: torch.Generator | None = None,
         use_cache: bool = True,
     ) -> Iterator[torch.Tensor]:
-        """What `generate` appends, as it comes: one token for each row, (B), at a time."""
+        """Yield what `generate` appends: one token for each sequence, (B), at a time."""
         block_size = self.config.block_size
         caches = [KVCache(block_size) for _ in self.transformer.h] if use_cache else []
         done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
@@ -306,9 +315,9 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str | Path) -> GPT:
-        """A GPT-2 from a local directory, or from the Hugging Face hub by name ("gpt2", "gpt2-xl", "user/model").
+        """Load a GPT-2 from a local directory, or from the Hugging Face hub by name ("gpt2", "gpt2-xl", "user/model").
 
-        Raises OSError if it cannot be reached or read, ValueError if it is not a GPT-2.
+        Raise OSError if it cannot be reached or read, ValueError if it is not a GPT-2.
         """
         try:
             config = GPTConfig.from_pretrained(name_or_dir)
@@ -322,7 +331,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def load_hf_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over weights in Hugging Face's layout. Raises ValueError on a tensor missing, misshapen or unknown."""
+        """Copy weights in Hugging Face's layout. Raise ValueError if a tensor is missing, misshapen or unknown."""
         state = {name.removeprefix("transformer."): t for name, t in state.items()}  # the hub's "gpt2" has no prefix
         for name, p in self.transformer.named_parameters():
             rows = self.config.vocab_size if name == "wte.weight" else len(p)
@@ -338,7 +347,7 @@ class GPT(nn.Module):
                 raise ValueError(f"{name}: a tensor that GPT-2 does not have")
 
     def hf_state(self) -> dict[str, torch.Tensor]:
-        """The weights in Hugging Face's layout, on the CPU: its Conv1D has matrices transposed and always a bias."""
+        """Return the weights in Hugging Face's layout, on the CPU: Conv1D transposes matrices and always has a bias."""
         state = {}
         for name, p in self.named_parameters():
             rows = self.config.vocab_size if name == "transformer.wte.weight" else len(p)
@@ -360,7 +369,7 @@ class GPT(nn.Module):
         for name, content in ("config.json", self.config.to_hf()), ("tokenizer_config.json", tokenizer):
             (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for name in "vocab.json", "merges.txt":
-            shutil.copyfile(Path(__file__).resolve().parent / "assets" / name, directory / name)
+            shutil.copyfile(ASSETS / name, directory / name)
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context to block_size tokens; the positions after that are dropped."""
@@ -399,14 +408,16 @@ class GPT(nn.Module):
         return Muon([embeddings, no_decay, qkv, others], muon_dtype, weight_decay=weight_decay, **options)
 
     def num_parameters(self) -> int:
-        """How many weights there are, the padded rows not counted."""
+        """Return the number of parameters, without the padded rows."""
         c = self.config
         return sum(p.numel() for p in self.parameters()) - (c.padded_vocab_size - c.vocab_size) * c.n_embd
 
     def flops_per_token(self) -> int:
-        """Floating-point operations to train on one token at full context, forward and backward: 6 for each weight
-        that a matrix multiplication uses, and 12·n_layer·n_embd·block_size for attention, the causal half not taken
-        off (Chowdhery et al., 2022, PaLM, appendix B)."""
+        """Return the floating-point operations to train on one token at full context, forward and backward.
+
+        They are 6 for each weight of a matrix product and 12·n_layer·n_embd·block_size for attention, which is counted
+        without the causal mask (Chowdhery et al., 2022, PaLM, appendix B).
+        """
         c = self.config
         weights = 12 * c.n_layer * c.n_embd**2 + c.padded_vocab_size * c.n_embd  # the head's; lookups multiply nothing
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
@@ -420,11 +431,11 @@ def sample(
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Draw a token for each row of logits (B, V): (B). Ids beyond GPT-2's vocabulary are never drawn."""
-    logits = logits[:, :GPT2_VOCAB_SIZE]
+    logits = logits[:, :VOCAB_SIZE]
     if temperature == 0:
         return logits.argmax(dim=-1)
     ids = None
-    if top_k is not None or top_p is not None:  # all that follows then deals with few tokens, likeliest first
+    if top_k is not None or top_p is not None:  # what follows then deals with few tokens, the most likely first
         logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # so that no temperature makes it infinite
     if top_p is not None:
@@ -435,12 +446,12 @@ def sample(
 
 
 def _is_conv1d(name: str, p: torch.Tensor) -> bool:
-    """Whether Hugging Face keeps this weight in a Conv1D, (in, out): the matrices of the blocks, not the embeddings."""
+    """Return whether Hugging Face keeps this weight in a Conv1D, (in, out): matrices of the blocks, not embeddings."""
     return p.dim() == 2 and (".attn." in name or ".mlp." in name)
 
 
 def _find(name_or_dir: str | Path, filename: str) -> Path:
-    """A file of a model: in its directory, or in the hub's cache, downloaded if need be."""
+    """Return the path of a model's file: in its directory, or in the hub's cache, where it is downloaded if needed."""
     path = Path(name_or_dir)
     if path.is_dir():
         return path / filename
@@ -453,7 +464,7 @@ def _find(name_or_dir: str | Path, filename: str) -> Path:
 
 
 def _read_weights(name_or_dir: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a model, by Hugging Face's names."""
+    """Return the tensors of a model, by Hugging Face's names."""
     from huggingface_hub.errors import EntryNotFoundError
 
     try:

@@ -1,4 +1,4 @@
-"""Muon: the matrices of the blocks go by orthogonalised momentum, all else by AdamW, in one optimizer."""
+"""The Muon optimizer: it orthogonalizes the momentum of matrices, and updates all other parameters by AdamW."""
 
 import math
 from collections import defaultdict
@@ -10,19 +10,21 @@ MOMENTUM = 0.95
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but for groups that have `parts`. Their matrices M (rows, columns), with gradient G and momentum B, go by
+    """AdamW, except for parameter groups with the key `parts`: their matrices are updated by Muon.
+
+    For a matrix M (rows, columns) with gradient G and momentum B, a step is
 
         B ← μ·B + (1 - μ)·G    with μ = 0.95
         M ← (1 - λ·decay)·M - λ·0.2·√max(rows, columns)·orthogonalize(μ·B + (1 - μ)·G)
 
-    (Jordan et al., 2024, "Muon: An optimizer for hidden layers in neural networks"). The root gives each update the
-    size of AdamW's, an RMS of 0.2·λ (Liu et al., 2025, "Muon is scalable for LLM training", section 2.2), so that one
-    learning rate can drive both: λ is the group's `lr` times its `lr_scale`. A parameter of several `parts` is as many
-    matrices, one below the other.
+    (Jordan et al., 2024, "Muon: An optimizer for hidden layers in neural networks"). The root scales the update to the
+    RMS of AdamW's, 0.2·λ (Liu et al., 2025, "Muon is scalable for LLM training", section 2.2), so that one learning
+    rate serves both: λ is the group's `lr` times its `lr_scale`. A parameter with n `parts` is n matrices, one below
+    the other.
 
-    Matrices of one shape, or of that shape transposed, are orthogonalised together, in `dtype`. Where there are several
-    ranks, each does its share, and all get the same result. The momentum is whole on every rank, so a save goes on with
-    any number of them.
+    Matrices of the same shape, or of that shape transposed, are orthogonalized together, in `dtype`. With several
+    ranks, each orthogonalizes a part of them, and all get the same result. Every rank holds the whole momentum, so a
+    checkpoint can be resumed on any number of ranks.
     """
 
     def __init__(self, groups: list[dict], dtype: torch.dtype, **options):
@@ -47,7 +49,7 @@ class Muon(torch.optim.AdamW):
                 momentum.lerp_(p.grad, 1 - MOMENTUM)
                 update.lerp_(momentum, MOMENTUM)
                 p.mul_(1 - lr * group["weight_decay"])
-                p.grad = None  # AdamW passes over what has no gradient
+                p.grad = None  # AdamW skips what has no gradient
                 for M, U in zip(p.chunk(group["parts"]), update.chunk(group["parts"]), strict=True):
                     if M.size(0) > M.size(1):
                         M, U = M.mT, U.mT
@@ -59,26 +61,26 @@ class Muon(torch.optim.AdamW):
         super().step()
 
     def orthogonalized(self, matrices: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """These n matrices, each (rows, columns), orthogonalised: (n, rows, columns)."""
+        """Return n matrices, each (rows, columns), orthogonalized: (n, rows, columns)."""
         ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-        share = math.ceil(len(matrices) / ranks)
-        X = torch.zeros(share, *matrices[0].shape, dtype=self.dtype, device=matrices[0].device)
-        for x, M in zip(X, matrices[rank * share : (rank + 1) * share], strict=False):  # the last may have fewer
+        per_rank = math.ceil(len(matrices) / ranks)
+        X = torch.zeros(per_rank, *matrices[0].shape, dtype=self.dtype, device=matrices[0].device)
+        for x, M in zip(X, matrices[rank * per_rank : (rank + 1) * per_rank], strict=False):  # the last may have fewer
             x.copy_(M)
-        X = orthogonalize(X)  # (share, rows, columns)
+        X = orthogonalize(X)  # (per_rank, rows, columns)
         if ranks > 1:
-            shares = [torch.empty_like(X) for _ in range(ranks)]
-            dist.all_gather(shares, X)
-            X = torch.cat(shares)
+            gathered = [torch.empty_like(X) for _ in range(ranks)]
+            dist.all_gather(gathered, X)
+            X = torch.cat(gathered)
         return X[: len(matrices)]
 
 
 def orthogonalize(X: torch.Tensor) -> torch.Tensor:
-    """The matrices X = U·S·Vᵀ, (n, rows, columns) with rows ≤ columns, without their S: nearly U·Vᵀ.
+    """Return the matrices X = U·S·Vᵀ, (n, rows, columns) with rows ≤ columns, with S set to nearly 1: nearly U·Vᵀ.
 
-    Five steps of the Newton–Schulz iteration X ← a·X + (b·A + c·A²)·X with A = X·Xᵀ, which takes each singular value s
-    to a·s + b·s³ + c·s⁵ (Bernstein & Newhouse, 2024, "Old optimizer, new norm"). With Jordan's a, b, c small ones grow
-    fastest, and nothing settles at 1: what is above 0.002 of the Frobenius norm ends between 0.68 and 1.21.
+    Run five steps of the Newton–Schulz iteration X ← a·X + (b·A + c·A²)·X with A = X·Xᵀ, which maps each singular value
+    s to a·s + b·s³ + c·s⁵ (Bernstein & Newhouse, 2024, "Old optimizer, new norm"). With Jordan's a, b, c small singular
+    values grow fastest, and none converges to 1: those above 0.002 of the Frobenius norm end between 0.68 and 1.21.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
