@@ -262,7 +262,7 @@ class GPT(nn.Module):
         """
         return F.linear(x, self.transformer.wte.weight)[..., : self.config.vocab_size].float()
 
-    def generate(
+    def generate(  # noqa: PLR0913 (the arguments that transformers' generate has, too)
         self,
         idx: torch.Tensor,
         max_new_tokens: int,
@@ -284,7 +284,7 @@ class GPT(nn.Module):
         return torch.cat((idx, *(token[:, None] for token in steps)), dim=1)
 
     @torch.inference_mode()
-    def stream(
+    def stream(  # noqa: PLR0913 (the same)
         self,
         idx: torch.Tensor,
         max_new_tokens: int,
