@@ -366,8 +366,12 @@ class GPT(nn.Module):
         tokenizer = dict(tokenizer_class="GPT2Tokenizer", model_max_length=self.config.block_size)
         tokenizer |= dict(bos_token=end, eos_token=end, unk_token=end)
         save_file(self.hf_state(), directory / "model.safetensors", metadata={"format": "pt"})
-        for name, content in ("config.json", self.config.to_hf()), ("tokenizer_config.json", tokenizer):
-            (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        # transformers' pipeline generates 256 tokens by default, more than a small context has.
+        generation = dict(max_new_tokens=min(256, self.config.block_size // 2))
+        generation |= dict(bos_token_id=END_OF_TEXT, eos_token_id=END_OF_TEXT)
+        configs = {"config": self.config.to_hf(), "tokenizer_config": tokenizer, "generation_config": generation}
+        for name, content in configs.items():
+            (directory / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for name in "vocab.json", "merges.txt":
             shutil.copyfile(ASSETS / name, directory / name)
 
