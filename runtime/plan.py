@@ -32,13 +32,18 @@ MACHINE_OPTIONS = "device", "dtype", "compile", "micro_batch_size"
 class Plan:
     """What is decided before a run starts, the same on all ranks."""
 
+    flags: dict  # the options that were typed
     config: TrainConfig
     vocab_size: int
-    machine_flags: dict  # the MACHINE_OPTIONS that were typed, now or in the command that is resumed
     resume_from: Path | None  # a checkpoint
     record: dict | None  # its checkpoint.json
     lines: list[str]  # what to print
     data: dict | None = None  # the fingerprint of the data
+
+    @property
+    def machine_flags(self) -> dict:
+        """Return the MACHINE_OPTIONS that were typed, now or in the commands that are resumed."""
+        return remembered_flags(self.flags, self.record)
 
     @property
     def model_config(self) -> GPTConfig:
@@ -56,19 +61,22 @@ def merge_flags(flags: dict, ranks: int) -> Plan:
     What depends on the data is left open, for make_plan. Raise UserError.
     """
     resume_from, record, lines = find_checkpoint(flags)
-    machine_flags = {name: flags[name] for name in MACHINE_OPTIONS if name in flags}
     vocab_size, pretrained_options = GPTConfig.vocab_size, {}
     if record is not None:
-        machine_flags = {k: v for k, v in record["flags"].items() if k in MACHINE_OPTIONS} | machine_flags
-        config = resumed_config(flags, machine_flags, resume_from, record, ranks)
+        config = resumed_config(flags, resume_from, record, ranks)
         vocab_size = GPTConfig.from_pretrained(resume_from).vocab_size
     else:
         if "init_from" in flags:
             pretrained = pretrained_config(flags)
             vocab_size, pretrained_options = pretrained.vocab_size, shape_options(pretrained)
         config = new_config(flags, pretrained_options)
-        lines += explain_defaults(flags, config)
-    return Plan(config, vocab_size, machine_flags, resume_from, record, lines)
+    return Plan(flags, config, vocab_size, resume_from, record, lines)
+
+
+def remembered_flags(flags: dict, record: dict | None) -> dict:
+    """Return the MACHINE_OPTIONS among these flags, over those in the record of a checkpoint."""
+    flags = flags if record is None else record["flags"] | flags
+    return {name: flags[name] for name in MACHINE_OPTIONS if name in flags}
 
 
 def find_checkpoint(flags: dict) -> tuple[Path | None, dict | None, list[str]]:
@@ -83,9 +91,7 @@ def find_checkpoint(flags: dict) -> tuple[Path | None, dict | None, list[str]]:
             notes.append(f"no checkpoint in {log_dir}/: this is a new run")
         return directory, record, notes
     directory = Path(flags["resume"])
-    others = checkpoint.checkpoints(directory) or (
-        {} if directory.exists() else checkpoint.checkpoints(directory.parent)
-    )
+    others = checkpoint.checkpoints(directory if directory.exists() else directory.parent)
     if others:
         found = ", ".join(map(str, others.values()))
         raise UserError(f"--resume {directory}: is not a checkpoint; there is {found}")
@@ -95,8 +101,9 @@ def find_checkpoint(flags: dict) -> tuple[Path | None, dict | None, list[str]]:
         raise UserError(f"--resume {directory}: {e}; --resume alone takes the newest that verifies") from None
 
 
-def resumed_config(flags: dict, machine_flags: dict, resume_from: Path, record: dict, ranks: int) -> TrainConfig:
+def resumed_config(flags: dict, resume_from: Path, record: dict, ranks: int) -> TrainConfig:
     """Return the options of a run that is resumed: the flags, over what the checkpoint says."""
+    machine_flags = remembered_flags(flags, record)
     values = dict(record["config"], dry_run=False, resume=None, log_dir=str(resume_from.parent))
     if flags["resume"] != "newest":
         values["wandb"] = None  # the checkpoint may be somebody else's
@@ -152,16 +159,6 @@ def new_config(flags: dict, pretrained_options: dict) -> TrainConfig:
     return TrainConfig(**(values | flags | dict(device=device)))
 
 
-def explain_defaults(flags: dict, config: TrainConfig) -> list[str]:
-    """Return lines on what was chosen because nothing was typed, and on the run that this project is for."""
-    lines = []
-    if "preset" not in flags:
-        lines.append(f"--preset {config.preset} is the default for {config.device}")
-    if "data" not in flags and not Path(config.data).is_dir():
-        lines.append(f"--data {config.data} is the default, as there are no shards in edu_fineweb10B/")
-    return [*lines, f"GPT-2 124M in full: {FULL_RUN}"]
-
-
 def default_data() -> str:
     """Return the prepared shards if there are any, else the text that comes with the project."""
     shards = ROOT / "edu_fineweb10B"
@@ -181,7 +178,7 @@ def make_plan(plan: Plan, data: Data, dist: Distributed) -> Plan:
     with torch.device("meta"):  # shapes alone, to count
         model = GPT(plan.model_config)
     config, reason = resolve_machine_options(config, model, dist)
-    lines = summary(config, data, model, dist.size, reason) + plan.lines
+    lines = summary(replace(plan, config=config), data, model, dist.size, reason) + plan.lines
     if plan.record is not None:
         changed = check_resume(config, data, plan, dist.size)
         lines.append(f"resumed {plan.resume_from} at step {plan.record['step']}: {changed}")
@@ -278,21 +275,26 @@ def check_resume(config: TrainConfig, data: Data, plan: Plan, ranks: int) -> str
     return ", ".join(changed.values()) or "nothing changed"
 
 
-def summary(config: TrainConfig, data: Data, model: GPT, ranks: int, reason: str | None) -> list[str]:
-    """Return the first lines of a run. reason says why it is not compiled."""
+def summary(plan: Plan, data: Data, model: GPT, ranks: int, reason: str | None) -> list[str]:
+    """Return the first lines of a run: what was chosen, and why. reason says why it is not compiled."""
+    config, new = plan.config, plan.record is None
+    preset_origin = f" (default for {config.device})" if new and "preset" not in plan.flags else ""
+    model_origin = f", from {config.init_from}" if config.init_from else ""
     kind = "text" if data.is_text else f"{len(data.train)} training shards"
-    origin = f", from {config.init_from}" if config.init_from else ""
+    if new and data.is_text and "data" not in plan.flags:
+        kind += ", as there are no shards in edu_fineweb10B/"
     epochs = config.max_steps * config.total_batch_size / data.n_tokens
     steps = f"{config.max_steps:,} steps of {config.total_batch_size:,} tokens, {epochs:.2f} epochs"
     steps += "; nothing is written" if config.dry_run else f"; log and checkpoints in {config.log_dir}/"
     grad_accum_steps = config.total_batch_size // (config.micro_batch_size * config.seq_len * ranks)
     compiling = f"not compiled: {reason}" if reason else "compiling (the first time takes a minute)"
-    return [
-        f"preset   {config.preset}",
+    lines = [
+        f"preset   {config.preset}{preset_origin}",
         f"model    {config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels, context "
-        f"{config.seq_len}, {model.num_parameters() / 1e6:,.2f}M parameters{origin}",
+        f"{config.seq_len}, {model.num_parameters() / 1e6:,.2f}M parameters{model_origin}",
         f"data     {config.data} ({kind}): {data.n_tokens:,} training tokens",
         f"run      {steps if config.max_steps else 'no steps: it only evaluates, and writes nothing'}",
         f"compute  {ranks} × {config.device}, {config.dtype}, {grad_accum_steps} × {config.micro_batch_size} sequences "
         f"a step, {compiling}",
     ]
+    return [*lines, f"GPT-2 124M in full: {FULL_RUN}"] if new else lines
