@@ -91,136 +91,6 @@ class Trainer:
             dist.from_main(lambda: self.log.open(self.step, plan.resume_from, metadata))
         self.start_loading()
 
-    # -- Setup
-
-    def build_model(self) -> None:
-        """Make model, optimizer and float16 scaler: from the checkpoint, from --init_from, or new.
-
-        The main rank alone reads files, as hosts may share no disk; the others get its tensors.
-        """
-        config, dist, state = self.config, self.dist, None
-        with dist.agree(), oom_as_user_error("the model"):
-            torch.manual_seed(config.seed)
-            if self.plan.resume_from and dist.is_main:
-                model, state = checkpoint.load(self.plan.resume_from)
-            elif config.init_from and not self.plan.resume_from and dist.is_main:
-                model = checkpoint.load_model("--init_from", config.init_from)
-                model.crop_block_size(config.seq_len)
-            else:
-                model = GPT(self.plan.model_config)
-            model.set_dropout(config.dropout)
-            self.raw_model = model.to(dist.device)
-        dist.broadcast_parameters(self.raw_model)
-        self.optimizer = self.raw_model.configure_optimizers(
-            config.weight_decay,
-            config.max_lr,
-            muon_lr_scale=config.muon_lr_scale if config.optimizer == "muon" else None,
-            muon_dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32,
-        )
-        self.scaler = torch.amp.GradScaler(config.device, enabled=config.dtype == "float16")
-        if self.plan.resume_from:
-            state = dist.broadcast_tree(state)
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.scaler.is_enabled() and state["scaler"]:
-                self.scaler.load_state_dict(state["scaler"])
-
-    def load_hellaswag(self) -> list[hellaswag.Example] | None:
-        """Return HellaSwag's examples; None if they are not evaluated, or cannot be had, which costs one line."""
-        if not self.config.hellaswag_every or self.config.dry_run:
-            return None
-
-        def read() -> tuple[list[hellaswag.Example] | None, str]:
-            try:
-                examples = hellaswag.read_examples(hellaswag.find_file(), hellaswag.render_nanogpt)
-                hellaswag.make_rows(examples, self.config.seq_len)
-                return examples, ""
-            except UserError as e:
-                if e.status == 2:
-                    raise UserError(f"--hellaswag_every: {e}; 0 leaves HellaSwag out") from None
-                return None, f"no HellaSwag evaluation: {e}"
-
-        examples, problem = self.dist.from_main(read)
-        if problem:
-            self.log.print(problem)
-        return examples
-
-    def compile_and_fit(self) -> None:
-        """Compile, wrap in DDP and run a probe step; halve the micro-batch on out-of-memory, or run eager if compiling
-        fails. The ranks agree on the outcome of each probe, in which none waits for another."""
-        config, dist = self.config, self.dist
-        B, compiled = config.micro_batch_size, config.compile == "on"
-        self.wrap_model(compiled)
-        while True:
-            out_of_memory, compile_error = self.probe(B)
-            any_out_of_memory, any_compile_error = dist.sum(out_of_memory, bool(compile_error))
-            if any_compile_error:
-                compiled = False
-                self.log.print(f"not compiled, torch.compile failed: {compile_error or 'on another rank'}")
-                self.wrap_model(compiled)
-            elif not any_out_of_memory:
-                break
-            elif B == 1:
-                raise UserError(
-                    f"out of memory with one sequence of {config.seq_len} tokens: try a smaller --preset or --seq_len"
-                )
-            else:
-                B = divisor_up_to(B // 2, config.total_batch_size // (config.seq_len * dist.size))
-            if config.device == "cuda":
-                torch.cuda.empty_cache()
-        if B < config.micro_batch_size:
-            self.log.print(f"out of memory: micro-batch {config.micro_batch_size} → {B}, the total batch stays")
-        if dist.size > 1:
-            # After its first step with communication, DDP rebuilds its buckets, and with them the order in which
-            # gradients are summed. Do that step here, so that all steps of a run, resumed or not, use the same order.
-            self.probe(B, communicate=True)
-        self.config = replace(config, micro_batch_size=B, compile="on" if compiled else "off")
-
-    def wrap_model(self, compiled: bool) -> None:
-        """Make the model that is trained from the raw one: compiled inside DDP, whose communication then overlaps with
-        the computation of the graph's parts."""
-        self.model = torch.compile(self.raw_model, dynamic=False) if compiled else self.raw_model
-        if self.dist.size > 1:
-            self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
-
-    def probe(self, B: int, communicate: bool = False) -> tuple[bool, str]:
-        """Run an evaluation and a training pass with B sequences. Return whether they ran out of memory, and the error
-        if they could not be compiled."""
-        error = None
-        try:
-            self.run_passes(B, communicate)  # whose end frees all that it has made
-        except Exception as e:
-            if not is_out_of_memory(e) and not isinstance(e, torch._dynamo.exc.TorchDynamoException):
-                raise
-            error = e
-        self.raw_model.zero_grad(set_to_none=True)
-        out_of_memory = error is not None and is_out_of_memory(error)
-        return out_of_memory, first_line(error) if error and not out_of_memory else ""
-
-    def run_passes(self, B: int, communicate: bool) -> None:
-        """Take as much memory as a step does: the moments of the optimizer, earlier gradients, both kinds of passes."""
-        config = self.config
-        parameters = list(self.raw_model.parameters())
-        moments = [torch.empty_like(p) for p in parameters for _ in range(0 if self.optimizer.state else 2)]
-        if B * config.seq_len * self.dist.size < config.total_batch_size and not communicate:
-            for p in parameters:
-                p.grad = torch.zeros_like(p)
-        x, y = inputs_and_targets(torch.zeros(B, config.seq_len + 1, dtype=torch.int32), self.dist.device)
-        with torch.no_grad(), self.autocast:
-            self.raw_model.eval()(x, y)
-        self.model.train().require_backward_grad_sync = communicate
-        with self.autocast:
-            _, loss = self.model(x, y)
-        loss.backward()
-        del moments
-
-    def start_loading(self) -> None:
-        """Start to read micro-batches, from this step's first one for this rank on."""
-        B, size = self.config.micro_batch_size, self.dist.size
-        sequences = self.config.total_batch_size // self.config.seq_len
-        self.grad_accum_steps = sequences // (B * size)
-        first = self.step * sequences + self.dist.rank * B
-        self.micro_batches = self.train_loader.micro_batches(first, B, stride=size * B)
-
     # -- The loop
 
     def train(self) -> int:
@@ -402,6 +272,136 @@ class Trainer:
         ):
             self.log.print(line)
         return 0
+
+    # -- The parts of the setup
+
+    def build_model(self) -> None:
+        """Make model, optimizer and float16 scaler: from the checkpoint, from --init_from, or new.
+
+        The main rank alone reads files, as hosts may share no disk; the others get its tensors.
+        """
+        config, dist, state = self.config, self.dist, None
+        with dist.agree(), oom_as_user_error("the model"):
+            torch.manual_seed(config.seed)
+            if self.plan.resume_from and dist.is_main:
+                model, state = checkpoint.load(self.plan.resume_from)
+            elif config.init_from and not self.plan.resume_from and dist.is_main:
+                model = checkpoint.load_model("--init_from", config.init_from)
+                model.crop_block_size(config.seq_len)
+            else:
+                model = GPT(self.plan.model_config)
+            model.set_dropout(config.dropout)
+            self.raw_model = model.to(dist.device)
+        dist.broadcast_parameters(self.raw_model)
+        self.optimizer = self.raw_model.configure_optimizers(
+            config.weight_decay,
+            config.max_lr,
+            muon_lr_scale=config.muon_lr_scale if config.optimizer == "muon" else None,
+            muon_dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32,
+        )
+        self.scaler = torch.amp.GradScaler(config.device, enabled=config.dtype == "float16")
+        if self.plan.resume_from:
+            state = dist.broadcast_tree(state)
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.scaler.is_enabled() and state["scaler"]:
+                self.scaler.load_state_dict(state["scaler"])
+
+    def load_hellaswag(self) -> list[hellaswag.Example] | None:
+        """Return HellaSwag's examples; None if they are not evaluated, or cannot be had, which costs one line."""
+        if not self.config.hellaswag_every or self.config.dry_run:
+            return None
+
+        def read() -> tuple[list[hellaswag.Example] | None, str]:
+            try:
+                examples = hellaswag.read_examples(hellaswag.find_file(), hellaswag.render_nanogpt)
+                hellaswag.make_rows(examples, self.config.seq_len)
+                return examples, ""
+            except UserError as e:
+                if e.status == 2:
+                    raise UserError(f"--hellaswag_every: {e}; 0 leaves HellaSwag out") from None
+                return None, f"no HellaSwag evaluation: {e}"
+
+        examples, problem = self.dist.from_main(read)
+        if problem:
+            self.log.print(problem)
+        return examples
+
+    def compile_and_fit(self) -> None:
+        """Compile, wrap in DDP and run a probe step; halve the micro-batch on out-of-memory, or run eager if compiling
+        fails. The ranks agree on the outcome of each probe, in which none waits for another."""
+        config, dist = self.config, self.dist
+        B, compiled = config.micro_batch_size, config.compile == "on"
+        self.wrap_model(compiled)
+        while True:
+            out_of_memory, compile_error = self.probe(B)
+            any_out_of_memory, any_compile_error = dist.sum(out_of_memory, bool(compile_error))
+            if any_compile_error:
+                compiled = False
+                self.log.print(f"not compiled, torch.compile failed: {compile_error or 'on another rank'}")
+                self.wrap_model(compiled)
+            elif not any_out_of_memory:
+                break
+            elif B == 1:
+                raise UserError(
+                    f"out of memory with one sequence of {config.seq_len} tokens: try a smaller --preset or --seq_len"
+                )
+            else:
+                B = divisor_up_to(B // 2, config.total_batch_size // (config.seq_len * dist.size))
+            if config.device == "cuda":
+                torch.cuda.empty_cache()
+        if B < config.micro_batch_size:
+            self.log.print(f"out of memory: micro-batch {config.micro_batch_size} → {B}, the total batch stays")
+        if dist.size > 1:
+            # After its first step with communication, DDP rebuilds its buckets, and with them the order in which
+            # gradients are summed. Do that step here, so that all steps of a run, resumed or not, use the same order.
+            self.probe(B, communicate=True)
+        self.config = replace(config, micro_batch_size=B, compile="on" if compiled else "off")
+
+    def wrap_model(self, compiled: bool) -> None:
+        """Make the model that is trained from the raw one: compiled inside DDP, whose communication then overlaps with
+        the computation of the graph's parts."""
+        self.model = torch.compile(self.raw_model, dynamic=False) if compiled else self.raw_model
+        if self.dist.size > 1:
+            self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+
+    def probe(self, B: int, communicate: bool = False) -> tuple[bool, str]:
+        """Run an evaluation and a training pass with B sequences. Return whether they ran out of memory, and the error
+        if they could not be compiled."""
+        error = None
+        try:
+            self.run_passes(B, communicate)  # whose end frees all that it has made
+        except Exception as e:
+            if not is_out_of_memory(e) and not isinstance(e, torch._dynamo.exc.TorchDynamoException):
+                raise
+            error = e
+        self.raw_model.zero_grad(set_to_none=True)
+        out_of_memory = error is not None and is_out_of_memory(error)
+        return out_of_memory, first_line(error) if error and not out_of_memory else ""
+
+    def run_passes(self, B: int, communicate: bool) -> None:
+        """Take as much memory as a step does: the moments of the optimizer, earlier gradients, both kinds of passes."""
+        config = self.config
+        parameters = list(self.raw_model.parameters())
+        moments = [torch.empty_like(p) for p in parameters for _ in range(0 if self.optimizer.state else 2)]
+        if B * config.seq_len * self.dist.size < config.total_batch_size and not communicate:
+            for p in parameters:
+                p.grad = torch.zeros_like(p)
+        x, y = inputs_and_targets(torch.zeros(B, config.seq_len + 1, dtype=torch.int32), self.dist.device)
+        with torch.no_grad(), self.autocast:
+            self.raw_model.eval()(x, y)
+        self.model.train().require_backward_grad_sync = communicate
+        with self.autocast:
+            _, loss = self.model(x, y)
+        loss.backward()
+        del moments
+
+    def start_loading(self) -> None:
+        """Start to read micro-batches, from this step's first one for this rank on."""
+        B, size = self.config.micro_batch_size, self.dist.size
+        sequences = self.config.total_batch_size // self.config.seq_len
+        self.grad_accum_steps = sequences // (B * size)
+        first = self.step * sequences + self.dist.rank * B
+        self.micro_batches = self.train_loader.micro_batches(first, B, stride=size * B)
 
     def close(self) -> None:
         """Wait for the writer, and give back what the run has taken."""

@@ -158,7 +158,7 @@ class RunLog:
             self.bar.update()
         else:
             left = timedelta(seconds=round(stats.seconds * (self.config.max_steps - step - 1)))
-            line = f"step {step}: loss {stats.loss:.4f}, norm {stats.grad_norm:.3f}, lr {stats.lr:.2e}, {shown}"
+            line = f"step {step}: loss {stats.loss:.4f}, grad_norm {stats.grad_norm:.3f}, lr {stats.lr:.2e}, {shown}"
             self.print(f"{line}, {left} left")
 
     def result(self, step: int, name: str, value: float, text: str) -> None:
