@@ -72,14 +72,13 @@ class Trainer:
             self.config.device, getattr(torch, self.config.dtype), enabled=self.config.dtype != "float32"
         )
         self.log = RunLog(self.config, dist.is_main)
-        self.stop, self.writer = StopSignals(), checkpoint.Writer()
         with dist.agree():
             dist.set_device(self.config.device)
             if data.fingerprint != plan.data:
                 raise UserError(f"--data {self.config.data}: rank {dist.rank} has other data than rank 0")
-            shuffle_first = data.is_text
-            self.train_loader = DataLoaderLite(data.train, self.config.seq_len, self.config.seed, shuffle_first)
-            self.val_loader = DataLoaderLite(data.val, self.config.seq_len)
+            T, seed = self.config.seq_len, self.config.seed
+            self.train_loader = DataLoaderLite(data.train, T, seed, shuffle_first=data.is_text)
+            self.val_loader = DataLoaderLite(data.val, T)
         self.build_model()
         self.examples = self.load_hellaswag()
         for line in plan.lines:
@@ -90,6 +89,7 @@ class Trainer:
             metadata = run_metadata(self.config, dist.size, self.raw_model.num_parameters(), data.n_tokens)
             dist.from_main(lambda: self.log.open(self.step, plan.resume_from, metadata))
         self.start_loading()
+        self.stop, self.writer = StopSignals(), checkpoint.Writer()
 
     # -- The loop
 
