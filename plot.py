@@ -5,10 +5,10 @@ python plot.py log/a log/b     several runs in one picture, curves.png
 python plot.py --check log     is this loss normal? The run so far, beside other seeds of the same recipe that went well
 """
 
-from errors import UserError
+from errors import UserError, run_script
 
-import argparse
 import csv
+import io
 import json
 import math
 import sys
@@ -18,6 +18,9 @@ from itertools import accumulate, cycle
 from pathlib import Path
 
 import numpy as np
+
+from files import write_atomically
+from options import ArgumentParser, output_file
 
 # What there is to reach: validation loss on FineWeb-Edu, and HellaSwag, both as build-nanogpt measures them.
 GPT2_LOSS = {"GPT-2 124M": 3.2924}
@@ -34,6 +37,7 @@ IMMATERIAL = {
     "preset", "data", "log_dir", "resume", "micro_batch_size", "seed", "device", "dtype", "compile", "eval_every",
     "hellaswag_every", "sample_every", "save_every", "keep", "wandb", "dist_timeout", "dry_run",
 }  # fmt: skip
+COLUMNS = "step", "tokens", "loss", "lr", "norm", "seconds"
 BLOCK = 10  # steps over which the training loss is averaged, for it is of one batch each
 
 
@@ -42,7 +46,7 @@ class Run:
     """What a run has logged: columns of steps.csv, and evaluations as {name: (steps, values)}."""
 
     name: str
-    columns: dict[str, list[float]]  # step, tokens, loss, lr, norm, seconds
+    columns: dict[str, list[float]]  # by COLUMNS
     results: dict[str, tuple[list[int], list[float]]]  # val, hella
     data: str
     tokens_per_step: int
@@ -51,33 +55,34 @@ class Run:
 
     @classmethod
     def read(cls, log_dir: Path) -> "Run":
-        """Raises UserError."""
+        """Read the logs of a run. Raises UserError."""
         try:
             facts = json.loads((log_dir / "run.json").read_text(encoding="utf-8"))
             config = facts["config"]
-            with open(log_dir / "steps.csv", encoding="utf-8") as f:
-                rows = [*csv.DictReader(f)]
-            columns = {name: [float(row[name]) for row in rows] for name in rows[0]}
+            data, batch = Path(config["data"]).name, int(config["total_batch_size"])
+            rows = [*csv.DictReader(read_lines(log_dir / "steps.csv"))]
+            columns = {name: [float(row[name]) for row in rows] for name in COLUMNS}
+            if not rows or not np.isfinite(columns["step"] + columns["tokens"]).all():
+                raise ValueError
             results = defaultdict(lambda: ([], []))
-            for line in (log_dir / "log.txt").read_text(encoding="utf-8").splitlines():
+            for line in read_lines(log_dir / "log.txt"):
                 step, name, value = line.split()
                 if name != "train":
                     results[name][0].append(int(step))
                     results[name][1].append(float(value))
-            data, batch = Path(config["data"]).name, config["total_batch_size"]
             return cls(log_dir.resolve().name, columns, results, data, batch, config, facts.get("train_tokens"))
         except OSError as e:
             raise UserError(f"{log_dir}: holds no run: {Path(e.filename).name} cannot be read ({e.strerror})") from None
-        except (IndexError, KeyError, ValueError, TypeError):
+        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError):
             raise UserError(f"{log_dir}: holds no steps of a run that could be drawn") from None
 
     @property
     def curves(self) -> dict[str, dict[int, float]]:
-        """What is held against the bands, by step: means of the training loss over the BLOCK steps before it, and the
-        validation loss of what these have led to."""
+        """What is compared with the bands, by step: means of the training loss over the BLOCK steps before it, where
+        all of these are logged, and the validation loss of what these have led to."""
         loss = dict(zip(self.columns["step"], self.columns["loss"], strict=True))
-        blocks = [range(end - BLOCK, end) for end in range(BLOCK, int(max(loss)) + 2, BLOCK)]
-        training = {block.stop: float(np.mean([loss[i] for i in block])) for block in blocks if block.start in loss}
+        blocks = [range(int(start), int(start) + BLOCK) for start in sorted(loss) if start % BLOCK == 0]
+        training = {b.stop: float(np.mean([loss[i] for i in b])) for b in blocks if loss.keys() >= {*b}}
         val = zip(*self.results.get("val", ((), ())), strict=True)
         return dict(training=training, validation={step: value for step, value in val if step > 0})
 
@@ -85,6 +90,11 @@ class Run:
         """How long training had taken before each of these steps, or in all before one that is still to come."""
         before = dict(zip(self.columns["step"], accumulate(self.columns["seconds"], initial=0.0), strict=False))
         return [before.get(step, sum(self.columns["seconds"])) for step in steps]
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a log; what a crash has left of one is skipped."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
 def reference_for(run: Run) -> list[Run]:
@@ -149,10 +159,13 @@ def check(run: Run, reference: list[Run]) -> bool:
 def draw(log_dirs: list[Path], file: Path, reference: list[Run] | None = None) -> None:
     """Draw these runs, and the bands of reference runs, into a PNG file.
 
-    Raises UserError, ImportError without matplotlib, OSError on a full disk.
+    Raises UserError, as without matplotlib or on a full disk.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
+    except ImportError:
+        raise UserError("matplotlib is not installed; pip install -r requirements.txt") from None
 
     runs = [Run.read(log_dir) for log_dir in log_dirs]
     panels = [["loss by tokens", "loss by time"], ["lr", "norm"]]
@@ -198,7 +211,8 @@ def draw(log_dirs: list[Path], file: Path, reference: list[Run] | None = None) -
     for name, label in ("loss by tokens", tokens_label), ("loss by time", time_label):
         axes[name].set(xlabel=label, ylabel="loss (nats): training lines, validation dots")
         # The first fiftieth, which falls from 11, would leave no room for the rest.
-        axes[name].set_ylim(top=1.02 * max(run.columns["loss"][len(run.columns["loss"]) // 50] for run in runs))
+        top = 1.02 * max(run.columns["loss"][len(run.columns["loss"]) // 50] for run in runs)
+        axes[name].set_ylim(top=top if math.isfinite(top) else None)
         if any("fineweb" in run.data for run in runs):
             mark(axes[name], GPT2_LOSS)
     axes["loss by tokens"].legend(frameon=False, loc="upper right")
@@ -213,7 +227,9 @@ def draw(log_dirs: list[Path], file: Path, reference: list[Run] | None = None) -
     for panel in axes.values():
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=110, format="png")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format="png")
+    write_atomically(file, picture.getvalue())
 
 
 def scale(most: float, units: dict[float, str]) -> tuple[float, str]:
@@ -229,7 +245,7 @@ def mark(panel, levels: dict[str, float]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument(
         "log_dirs", nargs="*", type=Path, default=[Path("log")], metavar="DIR", help="log directories (default: log)"
     )
@@ -240,11 +256,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=output_file,
         metavar="FILE",
         help="the picture, a PNG (default: curves.png, for one run in its directory)",
     )
-    parser.error = lambda message: parser.exit(2, f"plot.py: error: {message}; see --help\n")
     args = parser.parse_args(argv)
     file = args.out or (args.log_dirs[0] / "curves.png" if len(args.log_dirs) == 1 else Path("curves.png"))
     if args.check and len(args.log_dirs) > 1:
@@ -252,24 +267,14 @@ def main(argv: list[str] | None = None) -> int:
     if file.suffix != ".png":
         parser.error(f"--out {file}: the picture is a PNG; its name has to end in .png")
     normal, reference = True, None
-    try:
-        if args.check:
-            run = Run.read(args.log_dirs[0])
-            reference = reference_for(run)
-            normal = check(run, reference)
-        draw(args.log_dirs, file, reference)
-    except UserError as e:
-        print(f"plot.py: error: {e}", file=sys.stderr)
-        return e.status
-    except ImportError:
-        print("plot.py: error: matplotlib is not installed; pip install -r requirements.txt", file=sys.stderr)
-        return 2
-    except OSError as e:
-        print(f"plot.py: error: {file}: cannot be written ({e.strerror})", file=sys.stderr)
-        return 4
+    if args.check:
+        run = Run.read(args.log_dirs[0])
+        reference = reference_for(run)
+        normal = check(run, reference)
+    draw(args.log_dirs, file, reference)
     print(file)
     return 0 if normal else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))
