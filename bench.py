@@ -10,21 +10,19 @@ Nothing else should run meanwhile. A benchmark's last variant is what the others
 random weights and the precision that the device is fastest in.
 """
 
-from errors import UserError
+from errors import UserError, run_script
 
-import argparse
-import ast
 import contextlib
-import glob
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -36,18 +34,22 @@ from torch.nn import functional as F
 import fineweb
 import hellaswag
 import train_gpt2
-from model import GPT, GPT2_VOCAB_SIZE, GPTConfig, sample
+from model import GPT, GPTConfig, sample
 from recipe import PRESETS, TrainConfig
-from runtime.device import peak_memory, tune_malloc
-from tokens import END_OF_TEXT, gpt2_encoding
+from runtime.device import choose_device, choose_dtype, peak_memory, tune_malloc
+from runtime.files import write_atomically
+from runtime.options import input_file, option, output_file, parse_options
+from tokens import END_OF_TEXT, VOCAB_SIZE, gpt2_encoding
 
 ROOT = Path(__file__).resolve().parent
+SCRIPT = __file__  # what a child runs
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Training: tokens per second, and the peak of memory in GB, of steps of one micro-batch
 
 SHAPES = {"small": ("small", 8), "124M": ("gpt2", 2), "memory": ("gpt2", 4), "optimizer": ("small", 32)}
+GPT2 = GPTConfig()  # 124M, which generates and is evaluated
 
 
 def shape_of(name: str) -> tuple[int, GPTConfig]:
@@ -58,7 +60,7 @@ def shape_of(name: str) -> tuple[int, GPTConfig]:
 
 
 def train(
-    args: argparse.Namespace, name: str, compiled: bool = True, kept_pages: bool = True, optimizer: str = "adamw"
+    args: "Options", name: str, compiled: bool = True, kept_pages: bool = True, optimizer: str = "adamw"
 ) -> float:
     """train_gpt2.py itself: four steps of a dry run."""
     preset, (B, shape) = SHAPES[name][0], shape_of(name)
@@ -73,10 +75,10 @@ def train(
     return B * shape.block_size / float(re.search(r"([\d.e+]+) s a step", said.getvalue())[1])
 
 
-def steps_of(args: argparse.Namespace, name: str, loss_of: Callable, optimizer: torch.optim.Optimizer) -> float:
+def steps_of(args: "Options", name: str, loss_of: Callable, optimizer: torch.optim.Optimizer) -> float:
     """The same figure for a straightforward loop."""
     B, shape = shape_of(name)
-    rows = torch.randint(GPT2_VOCAB_SIZE, (B, shape.block_size + 1), device=args.device)
+    rows = torch.randint(VOCAB_SIZE, (B, shape.block_size + 1), device=args.device)
     x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     seconds = []
@@ -95,18 +97,20 @@ def steps_of(args: argparse.Namespace, name: str, loss_of: Callable, optimizer: 
     return B * shape.block_size / sorted(seconds[1:])[1]  # as a dry run has it: the first of all is to warm up
 
 
-def autocast(args: argparse.Namespace) -> torch.autocast:
+def autocast(args: "Options") -> torch.autocast:
     return torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32)
 
 
-def train_plainly(args: argparse.Namespace, name: str) -> float:
-    """transformers' GPT-2 with SDPA, eager, autocast, AdamW as it comes, the allocator as it comes."""
+def transformers_model(config: GPTConfig) -> torch.nn.Module:
+    """Return transformers' GPT-2 of this shape, with random weights, SDPA and no dropout."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    c = shape_of(name)[1]
-    shape = dict(n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
-    no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    model = GPT2LMHeadModel(GPT2Config(**shape, **no_dropout, attn_implementation="sdpa")).to(args.device).train()
+    return GPT2LMHeadModel(GPT2Config(**config.to_hf(), attn_implementation="sdpa"))
+
+
+def train_plainly(args: "Options", name: str) -> float:
+    """transformers' GPT-2, eager, autocast, AdamW as it comes, the allocator as it comes."""
+    model = transformers_model(shape_of(name)[1]).to(args.device).train()
 
     def loss_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
@@ -114,25 +118,20 @@ def train_plainly(args: argparse.Namespace, name: str) -> float:
     return steps_of(args, name, loss_of, torch.optim.AdamW(model.parameters(), lr=6e-4))
 
 
-def train_peer(args: argparse.Namespace, name: str) -> float:
-    """The network and optimizer of karpathy/build-nanogpt, as shipped; of its script the definitions alone are run."""
-    path = args.peer / "train_gpt2.py"
-    definitions = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef)
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    tree.body = [
-        node for node in tree.body if isinstance(node, definitions) and getattr(node, "module", "") != "hellaswag"
-    ]
-    peer = sys.modules["peer"] = types.ModuleType("peer")
-    peer.master_process = False
-    exec(compile(tree, path, "exec"), peer.__dict__)
+def train_peer(args: "Options", name: str) -> float:
+    """The network and optimizer of karpathy/build-nanogpt, as shipped: the part of its script before the data."""
+    source = (args.peer / "train_gpt2.py").read_text(encoding="utf-8")
+    network = source.split("\nimport tiktoken")[0].replace("from hellaswag import", "# from hellaswag import")
+    peer = dict(__name__="peer", master_process=False)
+    exec(network, peer)
     c = shape_of(name)[1]
     shape = dict(block_size=c.block_size, vocab_size=50304, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
-    model = peer.GPT(peer.GPTConfig(**shape)).to(args.device)
+    model = peer["GPT"](peer["GPTConfig"](**shape)).to(args.device)
     optimizer = model.configure_optimizers(0.1, 6e-4, args.device.type)
     return steps_of(args, name, lambda x, y: model(x, y)[1], optimizer)
 
 
-def multiply(args: argparse.Namespace, name: str) -> float:
+def multiply(args: "Options", name: str) -> float:
     """How many tokens a second the device could train on if it did nothing but multiply square matrices."""
     n = 8192 if args.device.type == "cuda" else 2048
     A, B = (torch.randn(n, n, device=args.device, dtype=args.dtype) for _ in range(2))
@@ -166,8 +165,8 @@ def training(name: str) -> dict[str, Callable]:
 # Writing: new tokens per second of GPT-2 124M, four rows of 32 tokens continued by 64
 
 
-def generate(args: argparse.Namespace, how: str, dtype: torch.dtype | None = None) -> float:
-    idx = torch.randint(GPT2_VOCAB_SIZE, (4, 32), device=args.device)
+def generate(args: "Options", how: str, dtype: torch.dtype | None = None) -> float:
+    idx = torch.randint(VOCAB_SIZE, (4, 32), device=args.device)
 
     def loop(n: int) -> torch.Tensor:
         """Everything anew for each token, as build-nanogpt has it."""
@@ -179,13 +178,11 @@ def generate(args: argparse.Namespace, how: str, dtype: torch.dtype | None = Non
         return tokens
 
     if how == "transformers":
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        model = GPT2LMHeadModel(GPT2Config()).eval().to(args.device, dtype)
+        model = transformers_model(GPT2).eval().to(args.device, dtype)
         options = dict(do_sample=True, top_k=50, pad_token_id=END_OF_TEXT)
         write = lambda n: model.generate(idx, max_new_tokens=n, min_new_tokens=n, **options)  # noqa: E731
     else:
-        model = GPT(GPTConfig()).eval().to(args.device)
+        model = GPT(GPT2).eval().to(args.device)
         write = loop
         if how == "ours":
             tune_malloc()
@@ -201,13 +198,18 @@ def generate(args: argparse.Namespace, how: str, dtype: torch.dtype | None = Non
 # Preparing shards: tokens per second, from parquet files to files of tokens
 
 
-def prepare(args: argparse.Namespace, gigatoken: bool) -> float:
+SHARD_SIZE = 100_000_000  # tokens
+
+
+def prepare(args: "Options", gigatoken: bool) -> float:
     """fineweb.py with two threads."""
     if not gigatoken:
         fineweb.find_spec = lambda name: None
     with tempfile.TemporaryDirectory() as directory:
         started = time.perf_counter()
-        assert fineweb.main(["--files", *args.files * 10, "--out_dir", directory, "--num_proc", "2"]) == 0
+        flags = dict(out_dir=directory, num_proc=2, shard_size=SHARD_SIZE)
+        files = map(str, args.files * 10)
+        assert fineweb.main(["--files", *files, *(f"--{key}={value}" for key, value in flags.items())]) == 0
         seconds = time.perf_counter() - started
         manifest = json.loads((Path(directory) / "manifest.json").read_text())
     return sum(shard["tokens"] for shard in manifest["shards"]) / seconds
@@ -217,26 +219,26 @@ def tokenize(text: str) -> np.ndarray:
     return np.array([END_OF_TEXT] + gpt2_encoding().encode_ordinary(text)).astype(np.uint16)
 
 
-def prepare_plainly(args: argparse.Namespace) -> float:
+def prepare_plainly(args: "Options") -> float:
     """A pool of two processes, a document at a time, as the known scripts have it."""
     import multiprocessing
 
     import pyarrow.parquet as pq
 
     def documents() -> Iterator[str]:
-        for path in [path for pattern in args.files * 10 for path in sorted(glob.glob(pattern))]:
+        for path in args.files * 10:
             for batch in pq.ParquetFile(path).iter_batches(columns=["text"]):
                 yield from batch.column(0).to_pylist()
 
-    shard_size, n, total, shards = 100_000_000, 0, 0, 0
-    buffer = np.empty(shard_size, dtype=np.uint16)
+    n, total, shards = 0, 0, 0
+    buffer = np.empty(SHARD_SIZE, dtype=np.uint16)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory, multiprocessing.Pool(2) as pool:
         for tokens in pool.imap(tokenize, documents(), chunksize=16):
-            rest = tokens[shard_size - n :]
+            rest = tokens[SHARD_SIZE - n :]
             buffer[n : n + len(tokens) - len(rest)] = tokens[: len(tokens) - len(rest)]
             n, total = n + len(tokens) - len(rest), total + len(tokens)
-            if n == shard_size:
+            if n == SHARD_SIZE:
                 np.save(Path(directory) / f"{shards}.npy", buffer)
                 buffer[: len(rest)] = rest
                 n, shards = len(rest), shards + 1
@@ -248,10 +250,10 @@ def prepare_plainly(args: argparse.Namespace) -> float:
 # HellaSwag: examples per second of GPT-2 124M, tokenized beforehand
 
 
-def exam(args: argparse.Namespace, plainly: bool) -> float:
+def exam(args: "Options", plainly: bool) -> float:
     examples = hellaswag.read_examples(args.data, hellaswag.render_nanogpt)[::100]
     torch.manual_seed(0)
-    model = GPT(GPTConfig()).eval().to(args.device)
+    model = GPT(GPT2).eval().to(args.device)
 
     def one_at_a_time(examples: list[hellaswag.Example]) -> None:
         """Four padded rows an example, every logit of theirs, under an autocast of its own, as build-nanogpt has it."""
@@ -312,56 +314,85 @@ BENCHMARKS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(BENCHMARKS)} (default: all)")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each variant (default: %(default)s)")
-    parser.add_argument("--files", nargs="+", default=[], help="parquet files for fineweb, with a column text")
-    parser.add_argument("--data", type=Path, help="the HellaSwag file (default: as hellaswag.py finds it)")
-    parser.add_argument("--peer", type=Path, metavar="DIR", help="a checkout of karpathy/build-nanogpt to measure, too")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    parser.add_argument("--variant", help=argparse.SUPPRESS)  # a child: run this one once, and print its figure
-    args = parser.parse_args()
+@dataclass(frozen=True)
+class Options:
+    names: tuple[str, ...] = option(
+        (), f"which: {', '.join(BENCHMARKS)} (default: all)", positional=True, metavar="NAME"
+    )
+    repeats: int = option(5, "number of runs of each variant", low=1, high=1000, metavar="N")
+    files: tuple[str, ...] = option((), "parquet files for fineweb, with a column text", metavar="FILE")
+    data: Path | None = option(
+        None, "the HellaSwag file (default: as hellaswag.py finds it)", type=input_file, metavar="FILE"
+    )
+    peer: Path | None = option(None, "a checkout of karpathy/build-nanogpt to measure, too", metavar="DIR")
+    device: str | torch.device = option("auto", "cpu, cuda, or auto for the fastest", metavar="DEVICE")
+    json: Path | None = option(None, "write all figures to this file", type=output_file, metavar="FILE")
+    variant: str | None = option(None, "in a child process: run this variant once and print its figure", hidden=True)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the fastest precision of the device."""
+        return getattr(torch, choose_dtype("auto", self.device.type))
+
+
+def parse_arguments(argv: list[str] | None) -> Options:
+    """Return the options, with files, device and the names of the benchmarks found. Raise UserError."""
+    args = Options(**parse_options(Options, argv, __doc__))
     names = args.names or [name for name in BENCHMARKS if args.files or name != "fineweb"]
-    if unknown := set(names) - set(BENCHMARKS):
-        parser.error(f"{', '.join(unknown)}: there is no such benchmark; there are {', '.join(BENCHMARKS)}")
+    if unknown := [name for name in names if name not in BENCHMARKS]:
+        raise UserError(f"{', '.join(unknown)}: no such benchmark; there are {', '.join(BENCHMARKS)}")
     if "fineweb" in names and not args.files:
-        parser.error("fineweb: needs documents, --files")
-    if args.peer and not (args.peer / "train_gpt2.py").exists():
-        parser.error(f"--peer {args.peer}: there is no train_gpt2.py in it")
-    args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    args.dtype = getattr(torch, train_gpt2.choose_dtype("auto", args.device))
+        raise UserError("fineweb: needs documents, --files")
+    files = fineweb.expand(args.files)
+    if other := [path for path in files if path.suffix != ".parquet"]:
+        raise UserError(f"--files {other[0]}: is not a .parquet file")
+    if args.peer and not os.path.isfile(args.peer / "train_gpt2.py"):
+        raise UserError(f"--peer {args.peer}: there is no train_gpt2.py in it")
+    if args.variant and args.variant not in BENCHMARKS[names[0]][1]:
+        raise UserError(f"--variant {args.variant}: no such variant of {names[0]}")
+    data = args.data
+    if "hellaswag" in names and not args.variant:
+        data = data or hellaswag.find_file()
+    return replace(args, names=names, files=files, data=data, device=torch.device(choose_device(args.device)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmarks, each variant in a child process, and print their tables. Raise UserError."""
+    args = parse_arguments(argv)
     if args.variant:
         torch.manual_seed(0)
-        print("figure", BENCHMARKS[names[0]][1][args.variant](args))
-        return
-    if "hellaswag" in names and not args.data:
-        try:
-            args.data = hellaswag.find_file()
-        except UserError as e:
-            parser.error(f"hellaswag: {e}, or name one with --data")
-    print(f"{args.device}, {torch.get_num_threads()} threads, {args.dtype}, torch {torch.__version__}")
+        print("figure", BENCHMARKS[args.names[0]][1][args.variant](args))
+        return 0
+    print(f"{args.device}, {torch.get_num_threads()} threads, {args.dtype}, torch {torch.__version__}", flush=True)
     figures = {}
-    for name in names:
+    for name in args.names:
         unit, variants = BENCHMARKS[name]
         runs: dict[str, list[float]] = {v: [] for v in variants if args.peer or v != "build-nanogpt"}
         for i in range(args.repeats):
             for variant, values in runs.items():
                 show(f"{name} {i + 1}/{args.repeats}: {variant} …")
-                options = dict(variant=[variant], device=[args.device.type], files=args.files)
-                options |= dict(data=[args.data], peer=[args.peer])
-                line = [[f"--{key}", *map(str, value)] for key, value in options.items() if any(value)]
-                done = subprocess.run([sys.executable, __file__, name, *sum(line, [])], capture_output=True, text=True)
-                if done.returncode:
-                    sys.exit(f"bench.py: {name}, {variant}: {done.stderr.strip()}")
-                values.append(float(done.stdout.split("figure ")[-1]))
+                values.append(measure_in_child(args, name, variant))
         show("")
         report(name, unit, runs)
         figures[name] = dict(unit=unit, runs=runs)
     if args.json:
         about = dict(device=str(args.device), dtype=str(args.dtype), torch=torch.__version__)
-        args.json.write_text(json.dumps(about | figures, indent=1) + "\n")
+        with write_atomically(args.json) as f:
+            f.write((json.dumps(about | figures, indent=1) + "\n").encode())
+    return 0
+
+
+def measure_in_child(args: "Options", name: str, variant: str) -> float:
+    """Run a variant once, in a process of its own, and return its figure. Raises UserError."""
+    options = dict(variant=[variant], device=[args.device], files=args.files, data=[args.data], peer=[args.peer])
+    line = [[f"--{key}", *map(str, value)] for key, value in options.items() if any(value)]
+    done = subprocess.run(
+        [sys.executable, SCRIPT, name, *sum(line, [])], capture_output=True, text=True, errors="replace"
+    )
+    if done.returncode:
+        reason = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise UserError(f"{name}, {variant}: {reason[-1]}", 1)
+    return float(done.stdout.split("figure ")[-1])
 
 
 def show(line: str) -> None:
@@ -382,4 +413,4 @@ def report(name: str, unit: str, runs: dict[str, list[float]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

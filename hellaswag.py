@@ -11,13 +11,11 @@ Two ways to write a record as text go by the same name, and each is scored in tw
                      sum, `acc_norm` by the sum over the ending's characters: GPT-2 124M has 31.14%.
 """
 
-from errors import UserError
+from errors import UserError, run_script
 
-import argparse
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 import urllib.request
@@ -32,7 +30,9 @@ from tqdm import tqdm
 
 from model import GPT
 from runtime import checkpoint
-from runtime.device import tune_malloc
+from runtime.device import choose_device, tune_malloc
+from runtime.files import write_atomically
+from runtime.options import input_file, option, output_file, parse_options
 from tokens import gpt2_encoding
 
 FILE = Path(__file__).resolve().parent / "hellaswag" / "hellaswag_val.jsonl"
@@ -46,21 +46,19 @@ N_RECORDS = 10042
 
 
 def find_file() -> Path:
-    """The validation set, downloaded on first use and checked; under its name it is whole or not there."""
+    """Return the validation set's file, downloaded on first use and checked. Raises UserError."""
     if not FILE.exists():
-        partial = FILE.with_name(f"{FILE.name}.{os.getpid()}.partial")
         try:
             FILE.parent.mkdir(exist_ok=True)
             with urllib.request.urlopen(URL, timeout=30) as response:
                 content = response.read()
-            found = hashlib.sha256(content).hexdigest()
-            if found != SHA256:
-                raise UserError(f"{URL}: expected SHA-256 {SHA256}, found {found}; try again later", 4)
-            partial.write_bytes(content)
-            partial.replace(FILE)
         except (OSError, HTTPException) as e:
-            partial.unlink(missing_ok=True)
             raise UserError(f"no {FILE}, and it could not be downloaded ({e}); put it there from {URL}", 4) from None
+        found = hashlib.sha256(content).hexdigest()
+        if found != SHA256:
+            raise UserError(f"{URL}: expected SHA-256 {SHA256}, found {found}; try again later", 4)
+        with write_atomically(FILE) as f:
+            f.write(content)
     return FILE
 
 
@@ -93,7 +91,7 @@ def read_examples(path: Path, render, limit: int | None = None) -> list[Example]
                 context, endings, lengths = render(record)
                 if not context or not all(endings):
                     raise ValueError("nothing is left of the context or an ending")
-            except (ValueError, KeyError, TypeError, AttributeError) as e:
+            except Exception as e:  # of many types, by what the record holds instead
                 reason = f"lacks {e}" if isinstance(e, KeyError) else e
                 raise UserError(f"{path}, line {line}: {reason}") from None
             examples.append(Example(context, endings, lengths, label, line))
@@ -257,58 +255,46 @@ PUBLISHED = {  # per cent
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "-m", "--model_type", default="gpt2", help="name on the Hugging Face hub, or a directory (default: %(default)s)"
+@dataclass(frozen=True)
+class Options:
+    model: str = option(
+        "gpt2", "name on the Hugging Face hub, or a directory", aliases=("-m", "--model_type"), metavar="MODEL"
     )
-    parser.add_argument("-d", "--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: %(default)s)")
-    parser.add_argument("--data", type=Path, help="a HellaSwag file (default: download the validation set once)")
-    parser.add_argument("--limit", type=int, help="only the first so many records (default: all)")
-    parser.add_argument("--batch_tokens", type=int, help="tokens computed at once (default: 1,024; 65,536 on CUDA)")
-    parser.add_argument(
-        "--dtype",
+    device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto for the fastest", aliases=("-d",), metavar="DEVICE")
+    data: Path | None = option(
+        None, "HellaSwag file (default: download the validation set once)", type=input_file, metavar="FILE"
+    )
+    limit: int | None = option(None, "evaluate only the first N records (default: all)", low=1, metavar="N")
+    batch_tokens: int | None = option(
+        None, "tokens computed at once (default: 1,024; 65,536 on CUDA)", low=1, high=2**24, metavar="N"
+    )
+    dtype: str = option(
+        "float32",
+        "precision of the weights; 16 bit decides a few near ties otherwise",
         choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the weights; a few near ties fall otherwise in 16 bit (default: %(default)s)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
-    parser.add_argument(
-        "--save_predictions", type=Path, metavar="FILE", help="write each record's choices there, as CSV"
+    json: Path | None = option(None, "write the numbers to this file", type=output_file, metavar="FILE")
+    save_predictions: Path | None = option(
+        None, "write each record's choices to this file, as CSV", type=output_file, metavar="FILE"
     )
-    parser.error = lambda message: parser.exit(2, f"hellaswag.py: error: {message}; see --help\n")
-    args = parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate a model in all four ways and print the results. Raise UserError."""
+    args = Options(**parse_options(Options, argv, __doc__))
+    device = torch.device(choose_device(args.device))
     tune_malloc()
-    try:
-        return report(args)
-    except UserError as e:
-        print(f"hellaswag.py: error: {e}", file=sys.stderr)
-        return e.status
-
-
-def report(args: argparse.Namespace) -> int:
-    """Score a model in all four ways and print them. Raises UserError."""
-    for flag in "limit", "batch_tokens":
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise UserError(f"--{flag} {getattr(args, flag)}: must be at least 1")
-    for flag in "json", "save_predictions":
-        if (file := getattr(args, flag)) and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
-            raise UserError(f"--{flag} {file}: cannot be written to; is {file.parent} a directory, and this a file?")
-    try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError):  # no such name; no such device
-        raise UserError(f"--device {args.device}: PyTorch finds no such device here; try --device cpu") from None
     path = args.data or find_file()
-    if not path.is_file():
-        raise UserError(f"--data {path}: no such file")
-    model = checkpoint.pretrained(args.model_type, "--model_type").eval().to(args.device)
+    model = checkpoint.load_model("--model", args.model).eval().to(device)
     torch.set_float32_matmul_precision("high")
     model.to(getattr(torch, args.dtype))
-    batch_tokens = args.batch_tokens or (65536 if args.device.startswith("cuda") else 1024)
+    batch_tokens = args.batch_tokens or (65536 if device.type == "cuda" else 1024)
     numbers, columns = {}, {}
     for name, render in RENDERINGS.items():
         examples = read_examples(path, render, args.limit)
         scores, cut = score(model, examples, batch_tokens, progress=True)
+        if not scores.isfinite().all():
+            raise UserError(f"--model {args.model}: its log-probabilities in {args.dtype} are not finite")
         result = judge(scores, examples)
         columns[name] = result.predictions
         numbers[name] = dict(n=result.n, near_ties=result.near_ties, contexts_cut=cut)
@@ -323,14 +309,17 @@ def report(args: argparse.Namespace) -> int:
             print(f"{name:14}{metric:9}{p:7.2%} ± {error:.2%}  ({correct:,}/{result.n:,})   published: {known}")
         print(f"{name:14}decided by less than 1e-5: {result.near_ties}; contexts cut on the left: {cut}")
     if args.json:
-        args.json.write_text(json.dumps(dict(model=args.model_type, dtype=args.dtype, **numbers), indent=2) + "\n")
+        text = json.dumps(dict(model=args.model, dtype=args.dtype, **numbers), indent=2) + "\n"
+        with write_atomically(args.json) as f:
+            f.write(text.encode())
     if args.save_predictions:
         header = "record,label," + ",".join(f"{name} {metric}" for name in columns for metric in ("acc", "acc_norm"))
         rows = zip(examples, *columns.values(), strict=True)
         lines = [f"{e.line},{e.label}," + ",".join(f"{a},{b}" for a, b in choices) for e, *choices in rows]
-        args.save_predictions.write_text("\n".join([header, *lines]) + "\n")
+        with write_atomically(args.save_predictions) as f:
+            f.write("".join(line + "\n" for line in [header, *lines]).encode())
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

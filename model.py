@@ -340,6 +340,8 @@ class GPT(nn.Module):
             if theirs is None or theirs.shape != ours.shape:
                 found = "nothing" if theirs is None else tuple(theirs.shape)
                 raise ValueError(f"{name}: expected a tensor of shape {tuple(ours.shape)}, found {found}")
+            if not theirs.isfinite().all():
+                raise ValueError(f"{name}: holds values that are not finite")
             ours.copy_(theirs)
             p[rows:] = 0.0
         for name, t in state.items():  # left over: causal masks and the tied head in old files, zeros for bias=False
@@ -436,7 +438,7 @@ def sample(
 ) -> torch.Tensor:
     """Draw a token for each row of logits (B, V): (B). Ids beyond GPT-2's vocabulary are never drawn."""
     logits = logits[:, :VOCAB_SIZE]
-    if temperature == 0:
+    if temperature < 1e-6:  # float32 cannot divide by less, and other tokens have no probability left
         return logits.argmax(dim=-1)
     ids = None
     if top_k is not None or top_p is not None:  # what follows then deals with few tokens, the most likely first

@@ -5,9 +5,8 @@ python plot.py log/a log/b     several runs in one picture, curves.png
 python plot.py --check log     is this loss normal? The run so far, beside other seeds of the same recipe that went well
 """
 
-from errors import UserError
+from errors import UserError, run_script
 
-import argparse
 import csv
 import json
 import math
@@ -19,12 +18,15 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime.files import write_atomically
+from runtime.options import option, output_file, parse_options
+
 # What there is to reach: validation loss on FineWeb-Edu, and HellaSwag, both as build-nanogpt measures them.
 GPT2_LOSS = {"GPT-2 124M": 3.2924}
 HELLASWAG = {"GPT-2 124M": 29.55, "GPT-3 124M": 33.7}  # per cent
 
-# Okabe and Ito's (2008) colours, told apart by the colour-blind, darkest first; the lines of other models are grey.
-COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
+# Okabe and Ito's (2008) colors, told apart by the color-blind, darkest first; the lines of other models are gray.
+COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
 
 # Logs of runs that went well, several seeds of a recipe in RECIPE/seed-N/; what a run has to share with them to be held
 # against them; and what may differ, as it changes no loss, or by no more than a seed does.
@@ -34,6 +36,7 @@ IMMATERIAL = {
     "preset", "data", "log_dir", "resume", "micro_batch_size", "seed", "device", "dtype", "compile", "eval_every",
     "hellaswag_every", "sample_every", "save_every", "keep", "wandb", "dist_timeout", "dry_run",
 }  # fmt: skip
+COLUMNS = "step", "tokens", "loss", "lr", "norm", "seconds"
 BLOCK = 10  # steps over which the training loss is averaged, for it is of one batch each
 
 
@@ -42,7 +45,7 @@ class Run:
     """What a run has logged: columns of steps.csv, and evaluations as {name: (steps, values)}."""
 
     name: str
-    columns: dict[str, list[float]]  # step, tokens, loss, lr, norm, seconds
+    columns: dict[str, list[float]]  # by COLUMNS
     results: dict[str, tuple[list[int], list[float]]]  # val, hella
     data: str
     tokens_per_step: int
@@ -51,33 +54,34 @@ class Run:
 
     @classmethod
     def read(cls, log_dir: Path) -> "Run":
-        """Raises UserError."""
+        """Read the logs of a run. Raises UserError."""
         try:
             facts = json.loads((log_dir / "run.json").read_text(encoding="utf-8"))
             config = facts["config"]
-            with open(log_dir / "steps.csv", encoding="utf-8") as f:
-                rows = [*csv.DictReader(f)]
-            columns = {name: [float(row[name]) for row in rows] for name in rows[0]}
+            data, batch = Path(config["data"]).name, int(config["total_batch_size"])
+            rows = [*csv.DictReader(read_lines(log_dir / "steps.csv"))]
+            columns = {name: [float(row[name]) for row in rows] for name in COLUMNS}
+            if not rows or not np.isfinite(columns["step"] + columns["tokens"]).all():
+                raise ValueError
             results = defaultdict(lambda: ([], []))
-            for line in (log_dir / "log.txt").read_text(encoding="utf-8").splitlines():
+            for line in read_lines(log_dir / "log.txt"):
                 step, name, value = line.split()
                 if name != "train":
                     results[name][0].append(int(step))
                     results[name][1].append(float(value))
-            data, batch = Path(config["data"]).name, config["total_batch_size"]
             return cls(log_dir.resolve().name, columns, results, data, batch, config, facts.get("train_tokens"))
         except OSError as e:
             raise UserError(f"{log_dir}: holds no run: {Path(e.filename).name} cannot be read ({e.strerror})") from None
-        except (IndexError, KeyError, ValueError, TypeError):
+        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError):
             raise UserError(f"{log_dir}: holds no steps of a run that could be drawn") from None
 
     @property
     def curves(self) -> dict[str, dict[int, float]]:
-        """What is held against the bands, by step: means of the training loss over the BLOCK steps before it, and the
-        validation loss of what these have led to."""
+        """What is compared with the bands, by step: means of the training loss over the BLOCK steps before it, where
+        all of these are logged, and the validation loss of what these have led to."""
         loss = dict(zip(self.columns["step"], self.columns["loss"], strict=True))
-        blocks = [range(end - BLOCK, end) for end in range(BLOCK, int(max(loss)) + 2, BLOCK)]
-        training = {block.stop: float(np.mean([loss[i] for i in block])) for block in blocks if block.start in loss}
+        blocks = [range(int(start), int(start) + BLOCK) for start in sorted(loss) if start % BLOCK == 0]
+        training = {b.stop: float(np.mean([loss[i] for i in b])) for b in blocks if loss.keys() >= {*b}}
         val = zip(*self.results.get("val", ((), ())), strict=True)
         return dict(training=training, validation={step: value for step, value in val if step > 0})
 
@@ -85,6 +89,11 @@ class Run:
         """How long training had taken before each of these steps, or in all before one that is still to come."""
         before = dict(zip(self.columns["step"], accumulate(self.columns["seconds"], initial=0.0), strict=False))
         return [before.get(step, sum(self.columns["seconds"])) for step in steps]
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a log; what a crash has left of one is skipped."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
 def reference_for(run: Run) -> list[Run]:
@@ -149,10 +158,13 @@ def check(run: Run, reference: list[Run]) -> bool:
 def draw(log_dirs: list[Path], file: Path, reference: list[Run] | None = None) -> None:
     """Draw these runs, and the bands of reference runs, into a PNG file.
 
-    Raises UserError, ImportError without matplotlib, OSError on a full disk.
+    Raises UserError, as without matplotlib or on a full disk.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
+    except ImportError:
+        raise UserError("matplotlib is not installed; pip install -r requirements.txt") from None
 
     runs = [Run.read(log_dir) for log_dir in log_dirs]
     panels = [["loss by tokens", "loss by time"], ["lr", "norm"]]
@@ -168,52 +180,66 @@ def draw(log_dirs: list[Path], file: Path, reference: list[Run] | None = None) -
         max(run.seconds([math.inf])[0] for run in runs),
         {86400: "days of training", 3600: "hours of training", 60: "minutes of training", 1: "seconds of training"},
     )
-
-    for run, colour in zip(runs, cycle(COLOURS), strict=False):
-        dots = dict(color=colour, marker="o", markersize=4, linestyle="none", markeredgecolor="white")
-        by_tokens = [t / tokens for t in run.columns["tokens"]]
-        steps, val = run.results["val"]
-        for panel, at in (
-            (axes["loss by tokens"], lambda steps, run=run: [s * run.tokens_per_step / tokens for s in steps]),
-            (axes["loss by time"], lambda steps, run=run: [s / time for s in run.seconds(steps)]),
-        ):
-            panel.plot(at(run.columns["step"]), run.columns["loss"], color=colour, alpha=0.5, linewidth=0.8)
-            panel.plot(at(steps), val, label=f"{run.name} on {run.data}", **dots | dict(markersize=6))
-        for name in "lr", "norm":
-            axes[name].plot(by_tokens, run.columns[name], color=colour, alpha=0.7, linewidth=1)
-        if "hella" in run.results:
-            steps, accuracies = run.results["hella"]
-            axes["hella"].plot([s * run.tokens_per_step / tokens for s in steps], [100 * a for a in accuracies], **dots)
-
-    greys = dict(training="0.55", validation="0.25")
-    for name, band in bands(reference).items() if reference else ():
-        band = {step: bounds for step, bounds in band.items() if step <= runs[0].columns["step"][-1] + 1}
-        if not band:
-            continue
-        back = BLOCK / 2 if name == "training" else 0  # a mean over steps belongs to their middle
-        at = [(step - back) * runs[0].tokens_per_step / tokens for step in band]
-        look = dict(label=f"normal {name} loss of {reference[0].config['preset']}", color=greys[name], alpha=0.35)
-        axes["loss by tokens"].fill_between(at, *zip(*band.values(), strict=True), **look, linewidth=0, zorder=0)
+    for run, color in zip(runs, cycle(COLORS), strict=False):
+        draw_run(axes, run, color, tokens, time)
+    if reference:
+        draw_bands(axes["loss by tokens"], runs[0], reference, tokens)
 
     for name, label in ("loss by tokens", tokens_label), ("loss by time", time_label):
         axes[name].set(xlabel=label, ylabel="loss (nats): training lines, validation dots")
         # The first fiftieth, which falls from 11, would leave no room for the rest.
-        axes[name].set_ylim(top=1.02 * max(run.columns["loss"][len(run.columns["loss"]) // 50] for run in runs))
+        top = 1.02 * max(run.columns["loss"][len(run.columns["loss"]) // 50] for run in runs)
+        axes[name].set_ylim(top=top if math.isfinite(top) else None)
         if any("fineweb" in run.data for run in runs):
             mark(axes[name], GPT2_LOSS)
     axes["loss by tokens"].legend(frameon=False, loc="upper right")
     axes["lr"].set(xlabel=tokens_label, ylabel="learning rate")
     axes["lr"].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    axes["norm"].set(xlabel=tokens_label, ylabel="norm of the gradient", yscale="log")
+    axes["norm"].set(xlabel=tokens_label, ylabel="gradient norm", yscale="log")
     axes["norm"].yaxis.set(major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)), major_formatter="{x:g}")
     axes["norm"].minorticks_off()
     if "hella" in axes:
-        axes["hella"].set(xlabel=tokens_label, ylabel="HellaSwag (% right)")
+        axes["hella"].set(xlabel=tokens_label, ylabel="HellaSwag accuracy (%)")
         mark(axes["hella"], HELLASWAG)
     for panel in axes.values():
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=110, format="png")
+    with write_atomically(file) as f:
+        figure.savefig(f, dpi=110, format="png")
+
+
+def draw_run(axes: dict, run: Run, color: str, tokens: float, time: float) -> None:
+    """Draw a run into all panels, in these units of tokens and seconds."""
+
+    def by_tokens(steps: list[float]) -> list[float]:
+        return [step * run.tokens_per_step / tokens for step in steps]
+
+    def by_time(steps: list[float]) -> list[float]:
+        return [seconds / time for seconds in run.seconds(steps)]
+
+    dots = dict(color=color, marker="o", markersize=4, linestyle="none", markeredgecolor="white")
+    steps, val = run.results["val"]
+    for panel, place in (axes["loss by tokens"], by_tokens), (axes["loss by time"], by_time):
+        panel.plot(place(run.columns["step"]), run.columns["loss"], color=color, alpha=0.5, linewidth=0.8)
+        panel.plot(place(steps), val, label=f"{run.name} on {run.data}", **dots | dict(markersize=6))
+    for name in "lr", "norm":
+        axes[name].plot([t / tokens for t in run.columns["tokens"]], run.columns[name], color=color, alpha=0.7)
+    if "hella" in run.results:
+        steps, accuracies = run.results["hella"]
+        axes["hella"].plot(by_tokens(steps), [100 * a for a in accuracies], **dots)
+
+
+def draw_bands(panel, run: Run, reference: list[Run], tokens: float) -> None:
+    """Draw the bands of the reference runs into the panel, as far as the run has come, in this unit of tokens."""
+    grays = dict(training="0.55", validation="0.25")
+    for name, band in bands(reference).items():
+        band = {step: bounds for step, bounds in band.items() if step <= run.columns["step"][-1] + 1}
+        if not band:
+            continue
+        back = BLOCK / 2 if name == "training" else 0  # a mean over steps belongs to their middle
+        at = [(step - back) * run.tokens_per_step / tokens for step in band]
+        look = dict(label=f"normal {name} loss of {reference[0].config['preset']}", color=grays[name], alpha=0.35)
+        panel.fill_between(at, *zip(*band.values(), strict=True), **look, linewidth=0, zorder=0)
 
 
 def scale(most: float, units: dict[float, str]) -> tuple[float, str]:
@@ -228,48 +254,38 @@ def mark(panel, levels: dict[str, float]) -> None:
         panel.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.3")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "log_dirs", nargs="*", type=Path, default=[Path("log")], metavar="DIR", help="log directories (default: log)"
+@dataclass(frozen=True)
+class Options:
+    log_dirs: tuple[Path, ...] = option(
+        (Path("log"),), "log directories (default: log)", positional=True, metavar="DIR"
     )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="say whether the loss so far is normal, and draw what normal is, too; exit status 1 if it is not",
+    check: bool = option(
+        False, "compare the loss so far with reference runs, and draw them; exit 1 if it is not normal"
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
+    out: Path | None = option(
+        None, "the picture, a PNG (default: curves.png, in the log directory if there is one)", type=output_file,
         metavar="FILE",
-        help="the picture, a PNG (default: curves.png, for one run in its directory)",
-    )
-    parser.error = lambda message: parser.exit(2, f"plot.py: error: {message}; see --help\n")
-    args = parser.parse_args(argv)
-    file = args.out or (args.log_dirs[0] / "curves.png" if len(args.log_dirs) == 1 else Path("curves.png"))
-    if args.check and len(args.log_dirs) > 1:
-        parser.error("--check takes one log directory")
+    )  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw, and with --check compare; return the exit status. Raise UserError."""
+    args = Options(**parse_options(Options, argv, __doc__))
+    log_dirs = [*args.log_dirs]
+    if args.check and len(log_dirs) > 1:
+        raise UserError("--check: takes one log directory")
+    file = args.out or (log_dirs[0] / "curves.png" if len(log_dirs) == 1 else Path("curves.png"))
     if file.suffix != ".png":
-        parser.error(f"--out {file}: the picture is a PNG; its name has to end in .png")
+        raise UserError(f"--out {file}: the picture is a PNG; its name has to end in .png")
     normal, reference = True, None
-    try:
-        if args.check:
-            run = Run.read(args.log_dirs[0])
-            reference = reference_for(run)
-            normal = check(run, reference)
-        draw(args.log_dirs, file, reference)
-    except UserError as e:
-        print(f"plot.py: error: {e}", file=sys.stderr)
-        return e.status
-    except ImportError:
-        print("plot.py: error: matplotlib is not installed; pip install -r requirements.txt", file=sys.stderr)
-        return 2
-    except OSError as e:
-        print(f"plot.py: error: {file}: cannot be written ({e.strerror})", file=sys.stderr)
-        return 4
+    if args.check:
+        run = Run.read(log_dirs[0])
+        reference = reference_for(run)
+        normal = check(run, reference)
+    draw(log_dirs, file, reference)
     print(file)
     return 0 if normal else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

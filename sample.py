@@ -7,31 +7,49 @@ echo "Once upon a time" | python sample.py
 python sample.py --prompt ""                           from <|endoftext|> on, as at the beginning of a document
 """
 
-from errors import UserError
+from errors import UserError, run_script
 
-import argparse
 import codecs
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from model import GPT
 from runtime import checkpoint
+from runtime.device import choose_device
+from runtime.options import option, parse_options
 from tokens import END_OF_TEXT, gpt2_encoding
 
 
-def load(name_or_dir: str | None, device: torch.device) -> GPT:
-    """The model of that name or directory, or the newest save in log/, ready to generate. Raises UserError."""
+@dataclass(frozen=True)
+class Options:
+    model: str | None = option(
+        None, "a directory, or a name on the hub (default: the newest checkpoint in log/)", metavar="MODEL"
+    )
+    prompt: str | None = option(None, "text to continue (default: ask, or read standard input)", empty=True)
+    prompt_file: Path | None = option(None, "UTF-8 file to continue", metavar="FILE")
+    num_samples: int = option(1, "number of continuations", low=1, high=1_000_000, metavar="N")
+    max_new_tokens: int = option(200, "longest continuation, in tokens", low=1, high=1_000_000, metavar="N")
+    temperature: float = option(0.8, "0 takes the most likely token, 1 keeps the model's probabilities", high=100)
+    top_k: int = option(50, "sample from the N most likely tokens; 0 for all", high=50257, metavar="N")
+    top_p: float = option(1.0, "sample from the fewest tokens with this probability together", low=1e-6, high=1)
+    seed: int = option(1337, "seed of the random numbers", high=10**18)
+    stop: str | None = option(None, "end before this text; <|endoftext|> always ends it")
+    device: str = option("auto", "cpu, cuda, mps, or auto for the fastest", metavar="DEVICE")
+
+
+def load(name_or_dir: str | None) -> GPT:
+    """Return the model of that name or directory, or the newest checkpoint in log/. Raises UserError."""
     if name_or_dir is None:
-        saves = [*checkpoint.saves(Path("log")).values()]
+        saves = [*checkpoint.checkpoints(Path("log")).values()]
         if not saves:
-            raise UserError("no save in log/: train one with python train_gpt2.py, or try --model gpt2")
+            raise UserError("no checkpoint in log/: train a model with python train_gpt2.py, or try --model gpt2")
         name_or_dir = saves[-1]
-    return checkpoint.pretrained(name_or_dir, "--model").eval().to(device)
+    return checkpoint.load_model("--model", name_or_dir).eval()
 
 
 def pieces(tokens: Iterator[int], stop: str | None) -> Iterator[str]:
@@ -55,19 +73,21 @@ def pieces(tokens: Iterator[int], stop: str | None) -> Iterator[str]:
     yield held + decoder.decode(b"", final=True)
 
 
-def write(model: GPT, prompt: str, args: argparse.Namespace, generator: torch.Generator) -> None:
+def write(model: GPT, prompt: str, args: Options, generator: torch.Generator) -> None:
     """Print a continuation of the prompt, token by token."""
     idx = torch.tensor([gpt2_encoding().encode_ordinary(prompt) or [END_OF_TEXT]], device=generator.device)  # (1, T)
-    steps = model.stream(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator=generator)
+    top_k, top_p = args.top_k or None, args.top_p if args.top_p < 1 else None
+    steps = model.stream(idx, args.max_new_tokens, args.temperature, top_k, top_p, generator=generator)
     for piece in pieces((token.item() for token in steps), args.stop):
         print(piece, end="", flush=True)
     print()
 
 
-def converse(model: GPT, args: argparse.Namespace, generator: torch.Generator) -> None:
+def converse(model: GPT, args: Options, generator: torch.Generator) -> None:
     """Ask for prompts until there are no more."""
     with contextlib.suppress(ImportError):  # on Windows, which needs none
         import readline  # noqa: F401  (input() then has a history and can be edited)
+    sys.stdin.reconfigure(errors="replace")  # what a terminal sends may be in another encoding
 
     while True:
         try:
@@ -80,97 +100,40 @@ def converse(model: GPT, args: argparse.Namespace, generator: torch.Generator) -
             print(" …")
 
 
-def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    """The flags, each checked. Raises UserError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", metavar="DIR_OR_NAME", help="a directory, or a name on the hub (default: the newest in log/)"
-    )
-    parser.add_argument(
-        "--prompt", help="the text to continue, which is printed, too (default: ask, or standard input)"
-    )
-    parser.add_argument("--prompt_file", type=Path, metavar="FILE", help="a UTF-8 file to continue")
-    parser.add_argument("--num_samples", type=int, default=1, help="how many continuations (default: %(default)s)")
-    parser.add_argument(
-        "--max_new_tokens", type=int, default=200, help="the longest continuation, in tokens (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.8,
-        help="0 takes the likeliest token, 1 the model's own odds (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--top_k",
-        type=int,
-        default=50,
-        help="draw from the so many likeliest tokens only; 0 for all (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--top_p", type=float, help="and from the fewest that together have this probability (default: 1)"
-    )
-    parser.add_argument("--seed", type=int, default=1337, help="of the random numbers (default: %(default)s)")
-    parser.add_argument("--stop", help="end before this string; <|endoftext|> ends in any case")
-    parser.add_argument("--device", help="cpu, cuda, mps (default: the fastest there is)")
-    parser.error = lambda message: parser.exit(2, f"sample.py: error: {message}; see --help\n")
-    args = parser.parse_args(argv)
-    bounds = dict(num_samples=(1, 1e6), max_new_tokens=(1, 1e6), temperature=(0, 100), top_k=(0, 50257))
-    for flag, (low, high) in (bounds | dict(top_p=(1e-6, 1), seed=(0, 1e18))).items():
-        value = getattr(args, flag)
-        if value is not None and not low <= value <= high:  # NaN, too
-            raise UserError(f"--{flag} {value}: must be from {low:g} to {high:g}")
-    args.top_k = args.top_k or None
-    if args.prompt is not None and args.prompt_file:
-        raise UserError("--prompt and --prompt_file: one of them, please")
-    return args
-
-
-def find_prompt(args: argparse.Namespace) -> str | None:
-    """The prompt, wherever it comes from, or None if there is a terminal to ask at. Raises UserError."""
+def find_prompt(args: Options) -> str | None:
+    """Return the prompt, wherever it comes from, or None if there is a terminal to ask at. Raises UserError."""
     if args.prompt is not None:
         return args.prompt
+    if not args.prompt_file and sys.stdin.isatty():
+        return None
+    source = f"--prompt_file {args.prompt_file}" if args.prompt_file else "standard input"
     try:
-        if args.prompt_file:
-            return args.prompt_file.read_text(encoding="utf-8").removesuffix("\n")
-        if sys.stdin is None:
-            return ""
-        return None if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
+        text = args.prompt_file.read_text(encoding="utf-8") if args.prompt_file else sys.stdin.read()
     except OSError as e:
-        raise UserError(f"--prompt_file {args.prompt_file}: {e.strerror}") from None
+        raise UserError(f"{source}: {e.strerror}") from None
     except UnicodeDecodeError as e:
-        raise UserError(f"the prompt is not UTF-8 text (byte {e.start:,})") from None
+        raise UserError(f"{source}: the prompt is not {e.encoding} text (byte {e.start:,})") from None
+    return text.removesuffix("\n")
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        args = parse_flags(argv)
-        prompt = find_prompt(args)
-        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        try:
-            generator = torch.Generator(args.device or best).manual_seed(args.seed)
-        except (RuntimeError, AssertionError):  # no such name; no such device
-            raise UserError(f"--device {args.device}: PyTorch finds no such device here; try --device cpu") from None
-        model = load(args.model, generator.device)
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
-        if prompt is None:
-            converse(model, args, generator)
-            return 0
-        for _ in range(args.num_samples):
-            print(prompt, end="", flush=True)
-            write(model, prompt, args, generator)
-            if args.num_samples > 1:
-                print("-" * 80)
+    """Generate text. Raise UserError."""
+    args = Options(**parse_options(Options, argv, __doc__))
+    if args.prompt is not None and args.prompt_file:
+        raise UserError("--prompt and --prompt_file: give one of them")
+    prompt = find_prompt(args)
+    generator = torch.Generator(choose_device(args.device)).manual_seed(args.seed)
+    model = load(args.model).to(generator.device)
+    if prompt is None:
+        converse(model, args, generator)
         return 0
-    except UserError as e:
-        print(f"sample.py: error: {e}", file=sys.stderr)
-        return e.status
-    except KeyboardInterrupt:
-        print()
-        return 130
-    except BrokenPipeError:  # whoever was reading has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    for _ in range(args.num_samples):
+        print(prompt, end="", flush=True)
+        write(model, prompt, args, generator)
+        if args.num_samples > 1:
+            print("-" * 80)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

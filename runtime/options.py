@@ -4,23 +4,35 @@ from errors import UserError
 
 import argparse
 import difflib
+import os
 from dataclasses import field, fields
+from pathlib import Path
 from typing import get_args, get_origin
 
 
 def option(default, help: str, **metadata):
     """Declare an option: its default and help, and as metadata what is allowed.
 
-    low, high: bounds of a number; choices: the allowed values; metavar: the value's name in the help;
-    const: the value of the option without one; aliases: further names; positional: whether it is typed without a name;
-    empty: whether a text may be empty.
+    low, high: bounds of a number; choices: the allowed values; type: a function that converts and checks the text;
+    metavar: the value's name in the help; const: the value of the option without one; aliases: further names;
+    positional: whether it is typed without a name; empty: whether a text may be empty; hidden: whether --help omits it.
     """
     return field(default=default, metadata=dict(metadata, help=help))
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, with errors for run_script."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; see --help")
+
+    def print_help(self, file=None) -> None:
+        print(self.format_help(), end="", flush=True)  # argparse's own ignores that stdout is full
+
+
 def parse_options(cls, argv: list[str] | None, description: str, epilog: str = "") -> dict:
     """Return the options that were typed, by name. Raise UserError for unknown options and for values out of bounds."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -46,18 +58,21 @@ def parse_options(cls, argv: list[str] | None, description: str, epilog: str = "
 
 def add_option(parser: argparse.ArgumentParser, f) -> None:
     """Add the option of a dataclass field to the parser."""
-    kind = value_type(f)
+    kind = f.metadata.get("type", value_type(f))
     names = [f"--{f.name}", *f.metadata.get("aliases", ())]
-    settings = dict(help=f.metadata["help"] + ("" if f.default in (None, False, ()) else f" (default: {f.default})"))
-    settings["help"] = settings["help"].replace("%", "%%")
+    settings = dict(
+        help=f.metadata["help"] + (f" (default: {f.default})" if f.default and not isinstance(f.default, tuple) else "")
+    )
+    settings["help"] = argparse.SUPPRESS if f.metadata.get("hidden") else settings["help"].replace("%", "%%")
     if kind is bool:
-        parser.add_argument(*names, action=argparse.BooleanOptionalAction, **settings)
+        action = argparse.BooleanOptionalAction if f.default else "store_true"
+        parser.add_argument(*names, action=action, **settings)
         return
     settings["type"] = kind
     if "choices" in f.metadata:
         settings["choices"] = f.metadata["choices"]
     else:
-        settings["metavar"] = f.metadata.get("metavar", kind.__name__.upper())
+        settings["metavar"] = f.metadata.get("metavar", value_type(f).__name__.upper())
     if "const" in f.metadata:
         settings |= dict(nargs="?", const=f.metadata["const"])
     if get_origin(f.type) is tuple:
@@ -83,3 +98,23 @@ def check_values(cls, values: dict) -> None:
             raise UserError(f"--{f.name} {value}: must be from {low:g} to {high:g}")
         if value == "" and not f.metadata.get("empty"):
             raise UserError(f"--{f.name}: is empty")
+
+
+def input_file(name: str) -> Path:
+    """Return the path of a file that exists."""
+    if not os.path.isfile(name):
+        raise argparse.ArgumentTypeError(f"no such file: {name}")
+    return Path(name)
+
+
+def output_file(name: str) -> Path:
+    """Return the path of a file to write, after a trial, so that hours of work do not end in vain."""
+    try:
+        open(name, "xb").close()
+        os.unlink(name)
+    except FileExistsError:
+        if os.path.isdir(name):
+            raise argparse.ArgumentTypeError(f"cannot write {name}: it is a directory") from None
+    except OSError as e:
+        raise argparse.ArgumentTypeError(f"cannot write {name}: {e.strerror}") from None
+    return Path(name)

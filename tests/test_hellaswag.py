@@ -1,5 +1,7 @@
 """The exam against a plain one-row-at-a-time implementation over `transformers`; lm-eval itself is a slow test."""
 
+from errors import run_script
+
 import json
 import re
 from pathlib import Path
@@ -161,16 +163,16 @@ def test_the_script(saved, tmp_path):
     [
         (["-m", "nowhere/at/all"], "--model_type nowhere/at/all: "),
         (["-m", "FEW"], "has 1000 tokens, not GPT-2's 50257"),
-        (["-m", "MODEL", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["-m", "MODEL", "-d", "cuda"], "--device cuda: PyTorch finds no such device here"),
-        (["-m", "MODEL", "-d", "gpu"], "--device gpu: PyTorch finds no such device here"),
-        (["-m", "MODEL", "-d", "meta"], "--device meta: PyTorch finds no such device here"),
-        (["-m", "MODEL", "--json", "."], "--json .: cannot be written to"),
-        (["-m", "MODEL", "--limit", "0"], "--limit 0: must be at least 1"),
+        (["-m", "MODEL", "--data", "nowhere.jsonl"], "--data: no such file: nowhere.jsonl; see --help"),
+        (["-m", "MODEL", "-d", "cuda"], "-d/--device: PyTorch finds no device cuda here; try --device cpu"),
+        (["-m", "MODEL", "-d", "gpu"], "-d/--device: PyTorch finds no device gpu here; try --device cpu"),
+        (["-m", "MODEL", "-d", "meta"], "-d/--device: PyTorch finds no device meta here; try --device cpu"),
+        (["-m", "MODEL", "--json", "."], "--json: cannot write .: it is a directory"),
+        (["-m", "MODEL", "--limit", "0"], "--limit: must be from 1 to 1e+09, found 0"),
         (["-m", "MODEL", "--limit", "ten"], "--limit: invalid int value: 'ten'; see --help"),
         (
             ["-m", "MODEL", "--json", "nowhere/x.json"],
-            "--json nowhere/x.json: cannot be written to; is nowhere a directory",
+            "--json: cannot write nowhere/x.json: No such file or directory",
         ),
     ],
 )
@@ -180,10 +182,7 @@ def test_the_script_s_errors_are_one_line(saved, tmp_path, capsys, flags, messag
     flags = [dict(MODEL=saved, FEW=tmp_path).get(flag, flag) for flag in flags]
     if "--data" not in flags:
         flags += ["--data", RECORDS]
-    try:
-        status = hellaswag.main([*map(str, flags)])
-    except SystemExit as e:  # argparse's
-        status = e.code
+    status = run_script(hellaswag.main, [*map(str, flags)])
     out, err = capsys.readouterr()
     assert status == 2 and not out
     assert err.startswith("hellaswag.py: error: ") and err.count("\n") == 1 and message in err
