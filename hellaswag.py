@@ -1,14 +1,16 @@
-"""HellaSwag (Zellers et al., 2019): which of four endings does the model find likeliest?
+"""Evaluate a model on HellaSwag (Zellers et al., 2019): which of four endings does it find most likely?
 
-    python hellaswag.py --model_type gpt2 --device cuda
-    python hellaswag.py --model_type log/step_000550 --limit 1000
+    python hellaswag.py --model gpt2
+    python hellaswag.py --model log/step_000550 --limit 1000
 
-Two ways to write a record as text go by the same name, and each is scored in two ways:
+There are two common ways to render a record as text, and two scores for each:
 
-    build-nanogpt    the context, a space, an ending; `acc` by the sum of its tokens' log-probabilities, `acc_norm` by
-                     their mean. This acc_norm is what the training log calls `hella`: GPT-2 124M has 29.55%.
-    lm-eval          EleutherAI's lm-evaluation-harness: brackets removed, the activity before the context; `acc` by the
-                     sum, `acc_norm` by the sum over the ending's characters: GPT-2 124M has 31.14%.
+    build-nanogpt    the context, a space, an ending. `acc` compares the sums of the endings' log-probabilities,
+                     `acc_norm` their means over tokens. The training log has this acc_norm as `hella`. GPT-2 124M:
+                     29.55%.
+    lm-eval          EleutherAI's lm-evaluation-harness: the activity before the context, without brackets. `acc`
+                     compares the sums, `acc_norm` the sums divided by the endings' lengths in characters. GPT-2 124M:
+                     31.14%.
 """
 
 from errors import UserError, run_script
@@ -46,7 +48,7 @@ N_RECORDS = 10042
 
 
 def find_file() -> Path:
-    """Return the validation set's file, downloaded on first use and checked. Raises UserError."""
+    """Return the validation set's file, downloaded on first use and checked. Raise UserError."""
     if not FILE.exists():
         try:
             FILE.parent.mkdir(exist_ok=True)
@@ -64,18 +66,17 @@ def find_file() -> Path:
 
 @dataclass(frozen=True)
 class Example:
-    """A context and four endings as token ids, what an ending's log-probability is divided by for acc_norm, the right
-    ending's number, and the line of the file."""
+    """A context and four endings."""
 
-    context: list[int]
-    endings: list[list[int]]
-    lengths: list[float]
-    label: int
-    line: int
+    context: list[int]  # token ids
+    endings: list[list[int]]  # token ids
+    lengths: list[float]  # acc_norm divides the endings' log-probabilities by these
+    label: int  # number of the right ending
+    line: int  # in the file, from 1
 
 
 def read_examples(path: Path, render, limit: int | None = None) -> list[Example]:
-    """The first `limit` records of a HellaSwag file, rendered. Raises UserError on a record that is none."""
+    """Return the first `limit` records of a HellaSwag file, rendered. Raise UserError if one is not a record."""
     examples = []
     with open(path, "rb") as f:
         for line, text in enumerate(f, start=1):
@@ -101,14 +102,14 @@ def read_examples(path: Path, render, limit: int | None = None) -> list[Example]
 
 
 def render_nanogpt(record: dict) -> tuple[list[int], list[list[int]], list[float]]:
-    """Context, endings and their lengths in tokens, as karpathy/build-nanogpt has them."""
+    """Return context, endings and their lengths in tokens, as karpathy/build-nanogpt does."""
     encode = gpt2_encoding().encode_ordinary
     endings = [encode(" " + ending) for ending in record["endings"]]
     return encode(record["ctx"]), endings, [len(tokens) for tokens in endings]
 
 
 def render_lm_eval(record: dict) -> tuple[list[int], list[list[int]], list[float]]:
-    """Context, endings and their lengths in characters, as lm-evaluation-harness's task `hellaswag` has them."""
+    """Return context, endings and their lengths in characters, as lm-evaluation-harness's task `hellaswag` does."""
 
     def clean(text: str) -> str:
         text = text.strip().replace(" [title]", ". ")  # WikiHow's marks
@@ -128,8 +129,11 @@ def render_lm_eval(record: dict) -> tuple[list[int], list[list[int]], list[float
 
 @dataclass(frozen=True)
 class Row:
-    """A context and some of an example's endings, in one sequence: an ending sees the context and itself, so that what
-    they share is computed once. (The last token of an ending predicts nothing, so it is left out.)"""
+    """A context and some of an example's endings, in one sequence.
+
+    An ending attends to the context and to itself, so that the context is computed once. The last token of an ending
+    predicts nothing and is left out.
+    """
 
     example: int
     choices: list[int]
@@ -141,7 +145,7 @@ class Row:
 
 
 def make_rows(examples: list[Example], block_size: int) -> tuple[list[Row], int]:
-    """A row for each example, longest first, and how many contexts were cut on the left to fit into block_size."""
+    """Return rows, longest first, and how many contexts were cut on the left to fit into block_size."""
     rows, cut = [], 0
     for i, e in enumerate(examples):
         longest = max(map(len, e.endings))
@@ -157,7 +161,7 @@ def make_rows(examples: list[Example], block_size: int) -> tuple[list[Row], int]
 
 
 def make_batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
-    """Neighbours in length together, up to batch_tokens with padding."""
+    """Yield rows of similar length together, up to batch_tokens with padding."""
     while rows:
         n = max(1, batch_tokens // len(rows[0]))
         yield rows[:n]
@@ -165,7 +169,7 @@ def make_batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
 
 
 def score_batch(model: GPT, rows: list[Row], device: torch.device) -> Iterator[tuple[int, int, float]]:
-    """For each ending its example, its number and the sum of its tokens' log-probabilities, in float32."""
+    """Yield for each ending its example, its number and the sum of its tokens' log-probabilities, in float32."""
     B, S = len(rows), len(rows[0])
     idx = torch.zeros(B, S, dtype=torch.int64)
     pos = torch.zeros(B, S, dtype=torch.int64)
@@ -204,13 +208,15 @@ def score_batch(model: GPT, rows: list[Row], device: torch.device) -> Iterator[t
 def score(
     model: GPT, examples: list[Example], batch_tokens: int, rank: int = 0, size: int = 1, progress: bool = False
 ) -> tuple[torch.Tensor, int]:
-    """Log-probabilities of the endings (n, 4), float32, and how many contexts were cut on the left. Of several ranks
-    each does its share of the work and leaves zeros elsewhere. Raises UserError if an ending does not fit."""
+    """Return the log-probabilities of the endings (n, 4), float32, and how many contexts were cut on the left.
+
+    Of several ranks, each computes a part and leaves zeros elsewhere. Raise UserError if an ending does not fit.
+    """
     device = model.transformer.wte.weight.device
     rows, cut = make_rows(examples, model.config.block_size)
     scores = torch.zeros(len(examples), 4)
     with tqdm(total=len(rows), unit="row", disable=not progress) as bar:
-        for batch in list(make_batches(rows, batch_tokens))[rank::size]:  # alike in work, so dealt in turn
+        for batch in list(make_batches(rows, batch_tokens))[rank::size]:  # neighbors take similar time
             for example, choice, value in score_batch(model, batch, device):
                 scores[example, choice] = value
             bar.update(len(batch))
@@ -219,7 +225,7 @@ def score(
 
 @dataclass(frozen=True)
 class Result:
-    """How many of n examples are right by each score, and how many were decided by less than 1e-5."""
+    """How many of n examples are right by each score, and how many are decided by less than 1e-5."""
 
     n: int
     acc: int
@@ -228,8 +234,8 @@ class Result:
     predictions: list[tuple[int, int]]
 
 
-def judge(scores: torch.Tensor, examples: list[Example]) -> Result:
-    """Compare the likeliest endings, by sum and by sum over length, with the right ones."""
+def compute_accuracy(scores: torch.Tensor, examples: list[Example]) -> Result:
+    """Compare the most likely endings, by sum and by sum over length, with the right ones."""
     label = torch.tensor([e.label for e in examples])
     by_score = scores, scores / torch.tensor([e.lengths for e in examples])
     choice, choice_norm = (s.argmax(dim=1) for s in by_score)
@@ -295,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
         scores, cut = score(model, examples, batch_tokens, progress=True)
         if not scores.isfinite().all():
             raise UserError(f"--model {args.model}: its log-probabilities in {args.dtype} are not finite")
-        result = judge(scores, examples)
+        result = compute_accuracy(scores, examples)
         columns[name] = result.predictions
         numbers[name] = dict(n=result.n, near_ties=result.near_ties, contexts_cut=cut)
         if result.n != N_RECORDS and not args.limit:

@@ -1,8 +1,8 @@
-"""Draw what runs have logged: loss by tokens and by time, learning rate, gradient norm and, if examined, HellaSwag.
+"""Plot the logs of runs: loss by tokens and by time, learning rate, gradient norm, HellaSwag accuracy.
 
-python plot.py                 log/ as log/curves.png, as each run does at its end
-python plot.py log/a log/b     several runs in one picture, curves.png
-python plot.py --check log     is this loss normal? The run so far, beside other seeds of the same recipe that went well
+python plot.py                 plot log/ to log/curves.png, as each run does at its end
+python plot.py log/a log/b     plot several runs to curves.png
+python plot.py --check log     is this loss normal? Compare the run so far with other seeds of the same recipe
 """
 
 from errors import UserError, run_script
@@ -21,23 +21,23 @@ import numpy as np
 from runtime.files import write_atomically
 from runtime.options import option, output_file, parse_options
 
-# What there is to reach: validation loss on FineWeb-Edu, and HellaSwag, both as build-nanogpt measures them.
+# Published results: validation loss on FineWeb-Edu, and HellaSwag, both as build-nanogpt measures them.
 GPT2_LOSS = {"GPT-2 124M": 3.2924}
 HELLASWAG = {"GPT-2 124M": 29.55, "GPT-3 124M": 33.7}  # per cent
 
 # Okabe and Ito's (2008) colors, told apart by the color-blind, darkest first; the lines of other models are gray.
 COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
 
-# Logs of runs that went well, several seeds of a recipe in RECIPE/seed-N/; what a run has to share with them to be held
-# against them; and what may differ, as it changes no loss, or by no more than a seed does.
+# Reference logs, several seeds of a recipe in RECIPE/seed-N/. A run is compared with those of the same SHAPE. IMMATERIAL
+# options may differ: they change the loss by no more than a seed does.
 REFERENCE = Path(__file__).resolve().parent / "assets" / "reference"
-ALIKE = "n_layer", "n_head", "n_embd", "seq_len", "total_batch_size"
+SHAPE = "n_layer", "n_head", "n_embd", "seq_len", "total_batch_size"
 IMMATERIAL = {
     "preset", "data", "log_dir", "resume", "micro_batch_size", "seed", "device", "dtype", "compile", "eval_every",
     "hellaswag_every", "sample_every", "save_every", "keep", "wandb", "dist_timeout", "dry_run",
 }  # fmt: skip
 COLUMNS = "step", "tokens", "loss", "lr", "norm", "seconds"
-BLOCK = 10  # steps over which the training loss is averaged, for it is of one batch each
+BLOCK = 10  # the training loss, of one batch each, is averaged over so many steps
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Run:
 
     @classmethod
     def read(cls, log_dir: Path) -> "Run":
-        """Read the logs of a run. Raises UserError."""
+        """Read the logs of a run. Raise UserError."""
         try:
             facts = json.loads((log_dir / "run.json").read_text(encoding="utf-8"))
             config = facts["config"]
@@ -77,8 +77,8 @@ class Run:
 
     @property
     def curves(self) -> dict[str, dict[int, float]]:
-        """What is compared with the bands, by step: means of the training loss over the BLOCK steps before it, where
-        all of these are logged, and the validation loss of what these have led to."""
+        """Return what is compared with the bands, by step: the mean training loss of the BLOCK steps before it, where
+        all of them are logged, and the validation loss."""
         loss = dict(zip(self.columns["step"], self.columns["loss"], strict=True))
         blocks = [range(int(start), int(start) + BLOCK) for start in sorted(loss) if start % BLOCK == 0]
         training = {b.stop: float(np.mean([loss[i] for i in b])) for b in blocks if loss.keys() >= {*b}}
@@ -86,22 +86,22 @@ class Run:
         return dict(training=training, validation={step: value for step, value in val if step > 0})
 
     def seconds(self, steps: list[float]) -> list[float]:
-        """How long training had taken before each of these steps, or in all before one that is still to come."""
+        """Return how long training had taken before each of these steps, and in all for steps that are not logged."""
         before = dict(zip(self.columns["step"], accumulate(self.columns["seconds"], initial=0.0), strict=False))
         return [before.get(step, sum(self.columns["seconds"])) for step in steps]
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a log; what a crash has left of one is skipped."""
+    """Return the complete lines of a log; a crash may have left a part of one."""
     return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
 def reference_for(run: Run) -> list[Run]:
-    """Runs of the same network on the same tokens, in batches of one size. Raises UserError where there are none."""
+    """Return reference runs of the same network on the same tokens and batches. Raise UserError if there are none."""
     logs = [Run.read(file.parent) for file in sorted(REFERENCE.glob("*/seed-*/run.json"))]
 
     def alike(log: Run) -> bool:
-        return log.train_tokens == run.train_tokens and all(log.config[key] == run.config.get(key) for key in ALIKE)
+        return log.train_tokens == run.train_tokens and all(log.config[key] == run.config.get(key) for key in SHAPE)
 
     if same := [log for log in logs if alike(log)]:
         return same
@@ -110,11 +110,11 @@ def reference_for(run: Run) -> list[Run]:
 
 
 def bands(reference: list[Run]) -> dict[str, dict[int, tuple[float, float]]]:
-    """Where a run that goes well stays, as {curve: {step: (low, high)}}.
+    """Return the range in which a normal run stays, as {curve: {step: (low, high)}}.
 
-    The mean of n runs, and to either side five times s·√(1 + 1/n), the standard deviation by which one more run would
-    differ from it. A few runs alone would tell s poorly, so it is pooled: over fifteen points of the training loss in a
-    row, and over all of the validation loss.
+    It is the mean of n runs ± five times s·√(1 + 1/n), the standard deviation of one more run from that mean. As a few
+    runs give a poor estimate of s, s is pooled: over fifteen consecutive points of the training loss, and over all
+    points of the validation loss.
     """
     curves = [run.curves for run in reference]
     result = {}
@@ -129,7 +129,7 @@ def bands(reference: list[Run]) -> dict[str, dict[int, tuple[float, float]]]:
 
 
 def check(run: Run, reference: list[Run]) -> bool:
-    """Say whether the run so far is within the bands, and where it leaves them first. Raises UserError."""
+    """Print whether the run so far is within the bands, and where it first leaves them. Raise UserError."""
     recipe, curves = reference[0].config, run.curves
     other = {key for key in run.config.keys() & recipe.keys() if run.config[key] != recipe[key]} - IMMATERIAL
     if "eval_tokens" in other:
@@ -156,10 +156,7 @@ def check(run: Run, reference: list[Run]) -> bool:
 
 
 def draw(log_dirs: list[Path], file: Path, reference: list[Run] | None = None) -> None:
-    """Draw these runs, and the bands of reference runs, into a PNG file.
-
-    Raises UserError, as without matplotlib or on a full disk.
-    """
+    """Draw these runs, and the bands of reference runs, into a PNG file. Raise UserError."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator
@@ -243,12 +240,12 @@ def draw_bands(panel, run: Run, reference: list[Run], tokens: float) -> None:
 
 
 def scale(most: float, units: dict[float, str]) -> tuple[float, str]:
-    """The largest of these units, in descending order, in which `most` is at least one, and what it is called."""
+    """Return the largest of these units (in descending order) that is at most `most`, and its name."""
     return next(((unit, name) for unit, name in units.items() if most >= unit), [*units.items()][-1])
 
 
 def mark(panel, levels: dict[str, float]) -> None:
-    """Draw what other models have reached."""
+    """Draw the published results of other models."""
     for name, level in levels.items():
         panel.axhline(level, color="0.4", linestyle="--", linewidth=1)
         panel.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.3")

@@ -1,10 +1,12 @@
-"""Let a model write: a save of yours, or a published GPT-2.
+"""Generate text with a checkpoint, or with a published GPT-2.
 
-python sample.py                                       the newest save in log/ asks for prompts; Ctrl-C stops a text
+python sample.py                                       the newest checkpoint in log/; asks for prompts
 python sample.py --model gpt2 --prompt "Hello, I'm"    a model of the Hugging Face hub
 python sample.py --prompt_file beginning.txt --num_samples 3
 echo "Once upon a time" | python sample.py
-python sample.py --prompt ""                           from <|endoftext|> on, as at the beginning of a document
+python sample.py --prompt ""                           start a new document, after <|endoftext|>
+
+At the prompt, Ctrl-C ends a text, and a second one the program.
 """
 
 from errors import UserError, run_script
@@ -43,20 +45,20 @@ class Options:
 
 
 def load(name_or_dir: str | None) -> GPT:
-    """Return the model of that name or directory, or the newest checkpoint in log/. Raises UserError."""
+    """Return the model of that name or directory, or the newest checkpoint in log/. Raise UserError."""
     if name_or_dir is None:
-        saves = [*checkpoint.checkpoints(Path("log")).values()]
-        if not saves:
+        checkpoints = list(checkpoint.checkpoints(Path("log")).values())
+        if not checkpoints:
             raise UserError("no checkpoint in log/: train a model with python train_gpt2.py, or try --model gpt2")
-        name_or_dir = saves[-1]
+        name_or_dir = checkpoints[-1]
     return checkpoint.load_model("--model", name_or_dir).eval()
 
 
-def pieces(tokens: Iterator[int], stop: str | None) -> Iterator[str]:
-    """The text of the tokens as they come, up to <|endoftext|> or the string stop, neither of which is part of it.
+def stream_text(tokens: Iterator[int], stop: str | None) -> Iterator[str]:
+    """Yield the text of the tokens as they come, up to <|endoftext|> or the text stop, without either.
 
-    A token may end within a character, and a text within what may become stop: such ends are held back until the
-    tokens that follow decide.
+    A token may end within a character, and the text so far may end with the beginning of stop. Such ends are held back
+    until the next tokens decide.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     held = ""
@@ -73,17 +75,17 @@ def pieces(tokens: Iterator[int], stop: str | None) -> Iterator[str]:
     yield held + decoder.decode(b"", final=True)
 
 
-def write(model: GPT, prompt: str, args: Options, generator: torch.Generator) -> None:
+def print_continuation(model: GPT, prompt: str, args: Options, generator: torch.Generator) -> None:
     """Print a continuation of the prompt, token by token."""
     idx = torch.tensor([gpt2_encoding().encode_ordinary(prompt) or [END_OF_TEXT]], device=generator.device)  # (1, T)
     top_k, top_p = args.top_k or None, args.top_p if args.top_p < 1 else None
     steps = model.stream(idx, args.max_new_tokens, args.temperature, top_k, top_p, generator=generator)
-    for piece in pieces((token.item() for token in steps), args.stop):
+    for piece in stream_text((token.item() for token in steps), args.stop):
         print(piece, end="", flush=True)
     print()
 
 
-def converse(model: GPT, args: Options, generator: torch.Generator) -> None:
+def repl(model: GPT, args: Options, generator: torch.Generator) -> None:
     """Ask for prompts until there are no more."""
     with contextlib.suppress(ImportError):  # on Windows, which needs none
         import readline  # noqa: F401  (input() then has a history and can be edited)
@@ -95,13 +97,13 @@ def converse(model: GPT, args: Options, generator: torch.Generator) -> None:
         except (EOFError, KeyboardInterrupt):
             return print()
         try:
-            write(model, prompt, args, generator)
+            print_continuation(model, prompt, args, generator)
         except KeyboardInterrupt:
             print(" …")
 
 
 def find_prompt(args: Options) -> str | None:
-    """Return the prompt, wherever it comes from, or None if there is a terminal to ask at. Raises UserError."""
+    """Return the prompt of the option, the file or standard input; None if there is a terminal to ask at."""
     if args.prompt is not None:
         return args.prompt
     if not args.prompt_file and sys.stdin.isatty():
@@ -125,11 +127,11 @@ def main(argv: list[str] | None = None) -> int:
     generator = torch.Generator(choose_device(args.device)).manual_seed(args.seed)
     model = load(args.model).to(generator.device)
     if prompt is None:
-        converse(model, args, generator)
+        repl(model, args, generator)
         return 0
     for _ in range(args.num_samples):
         print(prompt, end="", flush=True)
-        write(model, prompt, args, generator)
+        print_continuation(model, prompt, args, generator)
         if args.num_samples > 1:
             print("-" * 80)
     return 0

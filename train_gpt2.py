@@ -185,7 +185,7 @@ class Trainer:
             scores, _ = hellaswag.score(self.raw_model, self.examples, batch_tokens, self.dist.rank, self.dist.size)
         self.raw_model.train()
         scores = self.dist.all_reduce(scores).cpu()
-        return hellaswag.judge(scores, self.examples).acc_norm / len(self.examples)
+        return hellaswag.compute_accuracy(scores, self.examples).acc_norm / len(self.examples)
 
     def generate_samples(self) -> list[str]:
         """Return four continuations of a prompt by 32 tokens, always from the same random numbers."""

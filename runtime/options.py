@@ -60,10 +60,10 @@ def add_option(parser: argparse.ArgumentParser, f) -> None:
     """Add the option of a dataclass field to the parser."""
     kind = f.metadata.get("type", value_type(f))
     names = [f"--{f.name}", *f.metadata.get("aliases", ())]
-    settings = dict(
-        help=f.metadata["help"] + (f" (default: {f.default})" if f.default and not isinstance(f.default, tuple) else "")
-    )
-    settings["help"] = argparse.SUPPRESS if f.metadata.get("hidden") else settings["help"].replace("%", "%%")
+    text = f.metadata["help"]
+    if f.default not in (None, False) and not isinstance(f.default, tuple):
+        text += f" (default: {f.default})"
+    settings = dict(help=argparse.SUPPRESS if f.metadata.get("hidden") else text.replace("%", "%%"))
     if kind is bool:
         action = argparse.BooleanOptionalAction if f.default else "store_true"
         parser.add_argument(*names, action=action, **settings)
