@@ -1,13 +1,13 @@
-"""How fast it is, as ratios: each variant in a process of its own, all in turn, several times; medians and spreads.
+"""Measure speed, as ratios: each variant runs in its own process, all in turn, several times; print medians and spreads.
 
-    python bench.py                                    everything but fineweb, which needs documents
+    python bench.py                                    all but fineweb, which needs documents
     python bench.py small 124M                         training: tokens per second
-    python bench.py memory generate hellaswag          GPT-2 124M: peak memory, writing, the exam
+    python bench.py memory generate hellaswag          GPT-2 124M: peak memory, generation, HellaSwag
     python bench.py optimizer                          what Muon adds to a step of small
-    python bench.py fineweb --files 'books/*.parquet'  preparation, on documents of yours, ten times over
+    python bench.py fineweb --files 'books/*.parquet'  preparation of token shards, from your documents ten times over
 
-Nothing else should run meanwhile. A benchmark's last variant is what the others are compared with. Both sides have
-random weights and the precision that the device is fastest in.
+Nothing else should run meanwhile. The last variant of a benchmark is its baseline. All variants have random weights and
+the fastest precision of the device.
 """
 
 from errors import UserError, run_script
@@ -53,30 +53,28 @@ GPT2 = GPTConfig()  # 124M, which generates and is evaluated
 
 
 def shape_of(name: str) -> tuple[int, GPTConfig]:
-    """Rows of a micro-batch, and the network."""
+    """Return the sequences of a micro-batch, and the network."""
     preset, B = SHAPES[name]
     c = TrainConfig(**PRESETS[preset])
     return B, GPTConfig(block_size=c.seq_len, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
 
 
-def train(
-    args: "Options", name: str, compiled: bool = True, kept_pages: bool = True, optimizer: str = "adamw"
-) -> float:
-    """train_gpt2.py itself: four steps of a dry run."""
+def train(args: "Options", name: str, compiled: bool = True, tuned: bool = True, optimizer: str = "adamw") -> float:
+    """Run four steps of train_gpt2.py itself, as a dry run; return tokens per second, or for memory the peak in GB."""
     preset, (B, shape) = SHAPES[name][0], shape_of(name)
-    if not kept_pages:
+    if not tuned:
         train_gpt2.tune_malloc = lambda: None
     flags = dict(preset=preset, micro_batch_size=B, total_batch_size=B * shape.block_size, data=ROOT / "input.txt")
     flags |= dict(device=args.device.type, compile="on" if compiled else "off", optimizer=optimizer)
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
         assert train_gpt2.main(["--dry_run", *(f"--{key}={value}" for key, value in flags.items())]) == 0
     if name == "memory":
-        return float(re.search(r"memory +([\d.]+) GB", said.getvalue())[1])
-    return B * shape.block_size / float(re.search(r"([\d.e+]+) s a step", said.getvalue())[1])
+        return float(re.search(r"memory +([\d.]+) GB", output.getvalue())[1])
+    return B * shape.block_size / float(re.search(r"([\d.e+]+) s a step", output.getvalue())[1])
 
 
-def steps_of(args: "Options", name: str, loss_of: Callable, optimizer: torch.optim.Optimizer) -> float:
-    """The same figure for a straightforward loop."""
+def measure_loop(args: "Options", name: str, loss_of: Callable, optimizer: torch.optim.Optimizer) -> float:
+    """Return the same figure for a straightforward loop."""
     B, shape = shape_of(name)
     rows = torch.randint(VOCAB_SIZE, (B, shape.block_size + 1), device=args.device)
     x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
@@ -94,7 +92,7 @@ def steps_of(args: "Options", name: str, loss_of: Callable, optimizer: torch.opt
         seconds.append(time.perf_counter() - started)
     if name == "memory":
         return peak_memory(args.device) / 1e9
-    return B * shape.block_size / sorted(seconds[1:])[1]  # as a dry run has it: the first of all is to warm up
+    return B * shape.block_size / sorted(seconds[1:])[1]  # as in a dry run; the first of all is to warm up
 
 
 def autocast(args: "Options") -> torch.autocast:
@@ -108,18 +106,18 @@ def transformers_model(config: GPTConfig) -> torch.nn.Module:
     return GPT2LMHeadModel(GPT2Config(**config.to_hf(), attn_implementation="sdpa"))
 
 
-def train_plainly(args: "Options", name: str) -> float:
-    """transformers' GPT-2, eager, autocast, AdamW as it comes, the allocator as it comes."""
+def train_transformers(args: "Options", name: str) -> float:
+    """Train transformers' GPT-2, eager with autocast, with the default AdamW and the default allocator."""
     model = transformers_model(shape_of(name)[1]).to(args.device).train()
 
     def loss_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
 
-    return steps_of(args, name, loss_of, torch.optim.AdamW(model.parameters(), lr=6e-4))
+    return measure_loop(args, name, loss_of, torch.optim.AdamW(model.parameters(), lr=6e-4))
 
 
-def train_peer(args: "Options", name: str) -> float:
-    """The network and optimizer of karpathy/build-nanogpt, as shipped: the part of its script before the data."""
+def train_build_nanogpt(args: "Options", name: str) -> float:
+    """Train the network of karpathy/build-nanogpt with its optimizer: the part of its script before the data."""
     source = (args.peer / "train_gpt2.py").read_text(encoding="utf-8")
     network = source.split("\nimport tiktoken")[0].replace("from hellaswag import", "# from hellaswag import")
     peer = dict(__name__="peer", master_process=False)
@@ -128,11 +126,11 @@ def train_peer(args: "Options", name: str) -> float:
     shape = dict(block_size=c.block_size, vocab_size=50304, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
     model = peer["GPT"](peer["GPTConfig"](**shape)).to(args.device)
     optimizer = model.configure_optimizers(0.1, 6e-4, args.device.type)
-    return steps_of(args, name, lambda x, y: model(x, y)[1], optimizer)
+    return measure_loop(args, name, lambda x, y: model(x, y)[1], optimizer)
 
 
 def multiply(args: "Options", name: str) -> float:
-    """How many tokens a second the device could train on if it did nothing but multiply square matrices."""
+    """Return the tokens per second that the device could train on if it only multiplied square matrices."""
     n = 8192 if args.device.type == "cuda" else 2048
     A, B = (torch.randn(n, n, device=args.device, dtype=args.dtype) for _ in range(2))
     torch.set_float32_matmul_precision("high")
@@ -150,26 +148,26 @@ CEILING = "matrix products alone"
 
 
 def training(name: str) -> dict[str, Callable]:
-    """The variants of a training benchmark."""
+    """Return the variants of a training benchmark."""
     return {
         "train_gpt2.py": partial(train, name=name),
         "… uncompiled": partial(train, name=name, compiled=False),
-        "… and with the default allocator": partial(train, name=name, compiled=False, kept_pages=False),
+        "… and with the default allocator": partial(train, name=name, compiled=False, tuned=False),
         CEILING: partial(multiply, name=name),
-        "build-nanogpt": partial(train_peer, name=name),
-        "transformers, the plain path": partial(train_plainly, name=name),
+        "build-nanogpt": partial(train_build_nanogpt, name=name),
+        "transformers, eager baseline": partial(train_transformers, name=name),
     }
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Writing: new tokens per second of GPT-2 124M, four rows of 32 tokens continued by 64
+# Generation: new tokens per second of GPT-2 124M, four sequences of 32 tokens continued by 64
 
 
 def generate(args: "Options", how: str, dtype: torch.dtype | None = None) -> float:
     idx = torch.randint(VOCAB_SIZE, (4, 32), device=args.device)
 
     def loop(n: int) -> torch.Tensor:
-        """Everything anew for each token, as build-nanogpt has it."""
+        """Compute the whole sequence again for each token, as build-nanogpt does."""
         tokens = idx
         for _ in range(n):
             with torch.no_grad(), autocast(args):
@@ -180,17 +178,17 @@ def generate(args: "Options", how: str, dtype: torch.dtype | None = None) -> flo
     if how == "transformers":
         model = transformers_model(GPT2).eval().to(args.device, dtype)
         options = dict(do_sample=True, top_k=50, pad_token_id=END_OF_TEXT)
-        write = lambda n: model.generate(idx, max_new_tokens=n, min_new_tokens=n, **options)  # noqa: E731
+        run = lambda n: model.generate(idx, max_new_tokens=n, min_new_tokens=n, **options)  # noqa: E731
     else:
         model = GPT(GPT2).eval().to(args.device)
-        write = loop
+        run = loop
         if how == "ours":
             tune_malloc()
             model.to(args.dtype)
-            write = lambda n: model.generate(idx, n, top_k=50)  # noqa: E731
-    write(8)  # warm up
+            run = lambda n: model.generate(idx, n, top_k=50)  # noqa: E731
+    run(8)  # warm up
     started = time.perf_counter()
-    write(64)[0, -1].item()
+    run(64)[0, -1].item()
     return 4 * 64 / (time.perf_counter() - started)
 
 
@@ -202,7 +200,7 @@ SHARD_SIZE = 100_000_000  # tokens
 
 
 def prepare(args: "Options", gigatoken: bool) -> float:
-    """fineweb.py with two threads."""
+    """Run fineweb.py with two threads."""
     if not gigatoken:
         fineweb.find_spec = lambda name: None
     with tempfile.TemporaryDirectory() as directory:
@@ -219,8 +217,8 @@ def tokenize(text: str) -> np.ndarray:
     return np.array([END_OF_TEXT] + gpt2_encoding().encode_ordinary(text)).astype(np.uint16)
 
 
-def prepare_plainly(args: "Options") -> float:
-    """A pool of two processes, a document at a time, as the known scripts have it."""
+def prepare_with_pool(args: "Options") -> float:
+    """Tokenize a document at a time in a pool of two processes, as the known scripts do."""
     import multiprocessing
 
     import pyarrow.parquet as pq
@@ -250,13 +248,13 @@ def prepare_plainly(args: "Options") -> float:
 # HellaSwag: examples per second of GPT-2 124M, tokenized beforehand
 
 
-def exam(args: "Options", plainly: bool) -> float:
+def evaluate(args: "Options", one_at_a_time: bool) -> float:
     examples = hellaswag.read_examples(args.data, hellaswag.render_nanogpt)[::100]
     torch.manual_seed(0)
     model = GPT(GPT2).eval().to(args.device)
 
-    def one_at_a_time(examples: list[hellaswag.Example]) -> None:
-        """Four padded rows an example, every logit of theirs, under an autocast of its own, as build-nanogpt has it."""
+    def score_one_at_a_time(examples: list[hellaswag.Example]) -> None:
+        """Compute all logits of four padded sequences per example, under autocast, as build-nanogpt does."""
         for e in examples:
             rows = [torch.tensor(e.context + ending) for ending in e.endings]
             tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(args.device)
@@ -272,8 +270,8 @@ def exam(args: "Options", plainly: bool) -> float:
         work(examples)
         return len(examples) / (time.perf_counter() - started)
 
-    if plainly:
-        return measure(one_at_a_time)
+    if one_at_a_time:
+        return measure(score_one_at_a_time)
     tune_malloc()  # as the script does
     model.to(args.dtype)
     return measure(lambda examples: hellaswag.score(model, examples, 1024))
@@ -297,14 +295,14 @@ BENCHMARKS = {
         {
             "fineweb.py with gigatoken": lambda args: prepare(args, gigatoken=True),
             "fineweb.py with tiktoken": lambda args: prepare(args, gigatoken=False),
-            "a document at a time, Pool(2)": prepare_plainly,
+            "a document at a time, Pool(2)": prepare_with_pool,
         },
     ),
     "hellaswag": (
         "examples/s",
         {
-            "hellaswag.py": lambda args: exam(args, plainly=False),
-            "an example at a time": lambda args: exam(args, plainly=True),
+            "hellaswag.py": lambda args: evaluate(args, one_at_a_time=False),
+            "an example at a time": lambda args: evaluate(args, one_at_a_time=True),
         },
     ),
     "optimizer": (
@@ -383,7 +381,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure_in_child(args: "Options", name: str, variant: str) -> float:
-    """Run a variant once, in a process of its own, and return its figure. Raises UserError."""
+    """Run a variant once, in a process of its own, and return its figure. Raise UserError."""
     options = dict(variant=[variant], device=[args.device], files=args.files, data=[args.data], peer=[args.peer])
     line = [[f"--{key}", *map(str, value)] for key, value in options.items() if any(value)]
     done = subprocess.run(
@@ -396,7 +394,7 @@ def measure_in_child(args: "Options", name: str, variant: str) -> float:
 
 
 def show(line: str) -> None:
-    """What is being measured, on a terminal."""
+    """Show what is being measured, on a terminal."""
     if sys.stderr.isatty():
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
@@ -404,9 +402,9 @@ def show(line: str) -> None:
 def report(name: str, unit: str, runs: dict[str, list[float]]) -> None:
     """Print a benchmark's table."""
     print(f"\n{name} ({unit})")
-    plain = [*runs.values()][-1]
+    baseline = [*runs.values()][-1]
     for variant, values in runs.items():
-        ratio = median(value / base for value, base in zip(values, plain, strict=True))
+        ratio = median(value / base for value, base in zip(values, baseline, strict=True))
         spread = f"{min(values):,.4g} to {max(values):,.4g}"
         share = f", {median(values) / median(runs[CEILING]):.0%} of the matrix rate" if CEILING in runs else ""
         print(f"  {variant:34} {median(values):12,.4g}   ({spread})   × {ratio:.2f}{share}")

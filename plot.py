@@ -28,8 +28,8 @@ HELLASWAG = {"GPT-2 124M": 29.55, "GPT-3 124M": 33.7}  # per cent
 # Okabe and Ito's (2008) colors, told apart by the color-blind, darkest first; the lines of other models are gray.
 COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
 
-# Reference logs, several seeds of a recipe in RECIPE/seed-N/. A run is compared with those of the same SHAPE. IMMATERIAL
-# options may differ: they change the loss by no more than a seed does.
+# Reference logs, several seeds of a recipe in RECIPE/seed-N/. A run is compared with those of the same SHAPE. The
+# IMMATERIAL options may differ: they change the loss by no more than a seed does.
 REFERENCE = Path(__file__).resolve().parent / "assets" / "reference"
 SHAPE = "n_layer", "n_head", "n_embd", "seq_len", "total_batch_size"
 IMMATERIAL = {
@@ -137,7 +137,9 @@ def check(run: Run, reference: list[Run]) -> bool:
     if not any(curves.values()):
         raise UserError(f"{run.name}: too early to say: no evaluation after step 0, and fewer than {BLOCK} steps")
     steps = int(run.columns["step"][-1]) + 1
-    print(f"{run.name}: {steps} of {recipe['max_steps']} steps, beside {len(reference)} seeds of {recipe['preset']}")
+    print(
+        f"{run.name}: {steps} of {recipe['max_steps']} steps, compared with {len(reference)} seeds of {recipe['preset']}"
+    )
     for key in sorted(other):
         print(f"  --{key} is {run.config[key]}, and {recipe[key]} in the reference")
     well = True
