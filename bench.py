@@ -1,4 +1,4 @@
-"""Measure speed, as ratios: each variant runs in its own process, all in turn, several times; print medians and spreads.
+"""Measure speed as ratios: run each variant in its own process, all in turn, several times; print the medians.
 
     python bench.py                                    all but fineweb, which needs documents
     python bench.py small 124M                         training: tokens per second

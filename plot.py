@@ -137,9 +137,8 @@ def check(run: Run, reference: list[Run]) -> bool:
     if not any(curves.values()):
         raise UserError(f"{run.name}: too early to say: no evaluation after step 0, and fewer than {BLOCK} steps")
     steps = int(run.columns["step"][-1]) + 1
-    print(
-        f"{run.name}: {steps} of {recipe['max_steps']} steps, compared with {len(reference)} seeds of {recipe['preset']}"
-    )
+    compared = f"compared with {len(reference)} seeds of {recipe['preset']}"
+    print(f"{run.name}: {steps} of {recipe['max_steps']} steps, {compared}")
     for key in sorted(other):
         print(f"  --{key} is {run.config[key]}, and {recipe[key]} in the reference")
     well = True
