@@ -18,7 +18,10 @@ from tokens import ShardError, check_ids, check_manifest, gpt2_encoding, open_sh
 
 @dataclass(frozen=True)
 class Data:
-    """Training and validation tokens, as lists of (file name, ids (n,) of uint16), and what tells them from others."""
+    """Training and validation tokens, as lists of (file name, ids (n,) of uint16).
+
+    The fingerprint differs for other tokens: it holds the shards' lengths and the manifest's hash, or the text's hash.
+    """
 
     train: list[tuple[str, np.ndarray]]
     val: list[tuple[str, np.ndarray]]
@@ -27,12 +30,12 @@ class Data:
 
     @property
     def n_tokens(self) -> int:
-        """How many there are to train on."""
+        """Return the number of training tokens."""
         return sum(len(tokens) for _, tokens in self.train)
 
 
 def open_data(path: Path) -> Data:
-    """A directory of shards, or a text file, whose last tenth is for validation. Raises UserError."""
+    """Open a directory of shards, or a text file, whose last tenth is for validation. Raise UserError."""
     try:
         if path.is_dir():
             train, val = ([(p.name, open_shard(p)) for p in shard_paths(path, split)] for split in ("train", "val"))
@@ -63,16 +66,16 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class DataLoaderLite:
-    """Batches that are a pure function of the step: no state to save, no rank that drifts, no token dropped.
+    """Reads batches that are a pure function of the step: there is no state to save, and no token is dropped.
 
-    The files, end to end, are one stream of N tokens. Row i is tokens [i·T, i·T + T]: T inputs and, one further on,
-    T targets; there are (N - 1) // T rows, and an epoch is each of them once, in an order drawn from (seed, epoch).
-    Shards keep the stream's order in the first epoch. Global row g of a run is row order(g // n)[g % n].
+    The files, end to end, are one stream of N tokens. Row i is tokens [i·T, i·T + T]: T inputs and, one token later, T
+    targets. There are n = (N - 1) // T rows. An epoch reads each row once, in an order drawn from (seed, epoch); shards
+    keep the stream's order in the first epoch. Global row g of a run is row permutation(epoch)[g % n] of epoch g // n.
     """
 
     def __init__(self, files: list[tuple[str, np.ndarray]], T: int, seed: int = 0, shuffle_first: bool = False):
         self.files, self.T, self.seed, self.shuffle_first = files, T, seed, shuffle_first
-        self.starts = np.cumsum([0] + [len(tokens) for _, tokens in files])  # of each file in the stream, and its end
+        self.starts = np.cumsum([0] + [len(tokens) for _, tokens in files])  # of the files in the stream, and its end
         self.n_rows = (int(self.starts[-1]) - 1) // T
         if self.n_rows < 1:
             raise UserError(
@@ -90,7 +93,7 @@ class DataLoaderLite:
         return numbers
 
     def read(self, start: int, n: int) -> np.ndarray:
-        """The n tokens of the stream from start on, across the ends of files: (n,) of uint16. Raises ShardError."""
+        """Return n tokens of the stream from start on, across files: (n,) of uint16. Raise ShardError."""
         parts = []
         i = int(np.searchsorted(self.starts, start, side="right")) - 1
         while n > 0:
@@ -103,22 +106,25 @@ class DataLoaderLite:
         return np.concatenate(parts)
 
     def rows(self, numbers: list[int]) -> torch.Tensor:
-        """These rows of the stream, each with the token that follows it: (len(numbers), T + 1) of int32."""
+        """Return these rows of the stream: (len(numbers), T + 1) of int32."""
         return torch.from_numpy(np.stack([self.read(i * self.T, self.T + 1) for i in numbers]).astype(np.int32))
 
     def micro_batches(self, first: int, B: int, stride: int) -> Iterator[torch.Tensor]:
-        """For ever: the B global rows from `first` on, then those `stride` further, and so on, read one ahead."""
+        """Yield the B global rows from `first` on, then from `first + stride` on, and so on; read one batch ahead."""
+
+        def read_batch(g: int) -> torch.Tensor:
+            return self.rows(self.row_numbers(g, B))
+
         with ThreadPoolExecutor(max_workers=1) as pool:
-            ahead = None
-            for g in count(first, stride):
-                ready, ahead = ahead, pool.submit(lambda g: self.rows(self.row_numbers(g, B)), g)
-                if ready is not None:
-                    yield ready.result()
+            batch = pool.submit(read_batch, first)
+            for g in count(first + stride, stride):
+                ready, batch = batch, pool.submit(read_batch, g)
+                yield ready.result()
 
 
 def inputs_and_targets(rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows (B, T + 1) of int32 as inputs and targets on the device, each (B, T) of int64; to a GPU they are copied from
-    pinned memory, for which the host need not wait."""
-    cuda = device.type == "cuda"  # not MPS, which would read what is freed here at once (pytorch issue 139550)
+    """Move rows (B, T + 1) of int32 to the device; return inputs and targets, each (B, T) of int64."""
+    # From pinned memory the host need not wait for a copy to a GPU. MPS would read freed memory (pytorch issue 139550).
+    cuda = device.type == "cuda"
     rows = (rows.pin_memory() if cuda else rows).to(device, non_blocking=cuda).long()
     return rows[:, :-1], rows[:, 1:]
