@@ -104,7 +104,10 @@ def find_checkpoint(flags: dict) -> tuple[Path | None, dict | None, list[str]]:
 def resumed_config(flags: dict, resume_from: Path, record: dict, ranks: int) -> TrainConfig:
     """Return the options of a run that is resumed: the flags, over what the checkpoint says."""
     machine_flags = remembered_flags(flags, record)
-    values = dict(record["config"], dry_run=False, resume=None, log_dir=str(resume_from.parent))
+    values = dict(record["config"], dry_run=False, resume=None)
+    # The run continues where its checkpoint is, and not where that was written: it may be a copy.
+    in_log_dir = resume_from in checkpoint.checkpoints(resume_from.parent).values()
+    values["log_dir"] = str(resume_from.parent) if in_log_dir else TrainConfig.log_dir
     if flags["resume"] != "newest":
         values["wandb"] = None  # the checkpoint may be somebody else's
     if not Path(values["data"] or "").exists():

@@ -95,8 +95,7 @@ class RunLog:
                 hint = f"; --resume {found[-1]} continues it" if found else ""
                 self.print(f"the run that was in {self.dir} is now in {old}{hint}")
             if resume_from is not None:
-                for name in checkpoint.LOGS:  # as they were at this step
-                    shutil.copyfile(resume_from / name, self.dir / name)
+                self.restore_logs(resume_from)
             (self.dir / "run.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
             for name in checkpoint.LOGS:
                 # A line at a time: what is written survives the death of this process.
@@ -113,6 +112,14 @@ class RunLog:
             self.bar = tqdm(total=self.config.max_steps, initial=step, unit="step", dynamic_ncols=True)
         if self.config.wandb:
             self.wandb = WandB(metadata["config"], self.dir, self.print)
+
+    def restore_logs(self, resume_from: Path) -> None:
+        """Make the logs what they were when the checkpoint was written; print which of them had lost lines."""
+        for name in checkpoint.LOGS:
+            path, content = self.dir / name, (resume_from / name).read_bytes()
+            if path.exists() and not path.read_bytes().startswith(content):
+                self.print(f"{path}: had lost lines, which are restored from {resume_from}")
+            path.write_bytes(content)
 
     def close(self) -> None:
         if self.bar is not None:
