@@ -1,18 +1,9 @@
-"""The GPT-2 tokenizer, and the files that hold a data set's tokens.
-
-The vocabulary ships in `assets/`, so nothing here ever needs the network. A data set is a directory of shards,
-each a flat run of uint16 token ids in one of two formats:
-
-    .npy    what numpy.save writes: one dimension, uint16 (build-nanogpt and our own fineweb.py)
-    .bin    llm.c's: 256 int32 (20240520, version 1, token count, zeros), then the ids as uint16
-"""
-
-from errors import UserError, first_line
+"""The GPT-2 tokenizer. Its vocabulary is in `assets/`, so nothing here needs the network."""
 
 import hashlib
-import json
 import os
-from functools import lru_cache
+import re
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +19,8 @@ SHA256 = {
 END_OF_TEXT = 50256
 VOCAB_SIZE = END_OF_TEXT + 1
 
-BIN_HEADER = 256 * 4  # bytes: 256 int32
-BIN_MAGIC, BIN_VERSION = 20240520, 1
+WHITESPACE, NO_WHITESPACE = r"[^\S\x1c-\x1f]", r"[\S\x1c-\x1f]"  # what tiktoken's \s matches, four fewer than Python's
+LONG_RUN = 100_000  # characters of whitespace; tiktoken fails at a million
 
 
 def sha256(path: Path) -> str:
@@ -37,16 +28,18 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-class ShardError(UserError):
-    """A token file is not what it should be; the message names the file, what was expected and what was found."""
+_thread = threading.local()
 
 
-@lru_cache(maxsize=1)
 def gpt2_encoding() -> tiktoken.Encoding:
-    """GPT-2's byte-pair encoding. Raises ValueError if a file in assets/ has been altered, OSError if one is gone.
+    """Return GPT-2's byte-pair encoding, one per thread: threads that share one wait for each other."""
+    if not hasattr(_thread, "encoding"):
+        _thread.encoding = load_encoding()
+    return _thread.encoding
 
-    Text is encoded with `encode_ordinary`, to which "<|endoftext|>" is thirteen characters like any others.
-    """
+
+def load_encoding() -> tiktoken.Encoding:
+    """Load the encoding. Raise ValueError if a file in assets/ has been altered, OSError if one is missing."""
     for name, expected in SHA256.items():
         found = sha256(ASSETS / name)
         if found != expected:
@@ -63,108 +56,15 @@ def gpt2_encoding() -> tiktoken.Encoding:
     )
 
 
-def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Write token ids (uint16, one dimension) as a .npy shard; under its name the file is whole or not there."""
-    if tokens.dtype != np.uint16 or tokens.ndim != 1:
-        raise ShardError(f"{path}: a shard is a flat array of uint16, not {tokens.dtype} of shape {tokens.shape}")
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as f:
-        np.save(f, tokens)
-        f.flush()
-        os.fsync(f.fileno())
-    partial.replace(path)
+def encode(text: str) -> np.ndarray:
+    """Return the token ids of a text, (n,) of uint16. "<|endoftext|>" in it is encoded like any other characters.
 
-
-def open_shard(path: Path) -> np.ndarray:
-    """A shard's token ids as a read-only memmap (n,) of uint16, validated down to the last byte of its size."""
-    offset, n = _npy_layout(path) if path.suffix == ".npy" else _bin_layout(path)
-    expected, found = offset + 2 * n, path.stat().st_size
-    if found != expected:
-        what = "truncated" if found < expected else "trailing bytes"
-        raise ShardError(
-            f"{path}: {what}: {n:,} tokens make {expected:,} bytes, found {found:,}; download or write it again"
-        )
-    if n == 0:
-        raise ShardError(f"{path}: holds no tokens")
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(n,))
-    for start in 0, max(0, n - 2048):  # its first and last page; the others are checked as they are read
-        check_ids(path.name, start, tokens[start : start + 2048])
-    return tokens
-
-
-def _npy_layout(path: Path) -> tuple[int, int]:
-    """Where the tokens of a .npy shard begin, in bytes, and how many there should be."""
-    with open(path, "rb") as f:
-        try:
-            version = np.lib.format.read_magic(f)
-            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, _, dtype = read_header[version](f)
-        except (ValueError, KeyError) as e:
-            raise ShardError(f"{path}: expected a .npy header, found none that can be read ({e})") from None
-        if dtype != np.dtype("<u2"):
-            raise ShardError(f"{path}: expected tokens of type uint16, found {dtype}")
-        if len(shape) != 1:
-            raise ShardError(f"{path}: expected one dimension, found shape {shape}")
-        return f.tell(), shape[0]
-
-
-def _bin_layout(path: Path) -> tuple[int, int]:
-    """The same for a .bin shard."""
-    header = np.fromfile(path, dtype="<i4", count=256)
-    if len(header) < 256:
-        raise ShardError(f"{path}: truncated: expected a header of {BIN_HEADER} bytes, found {4 * len(header)}")
-    magic, version, n = (int(x) for x in header[:3])
-    if (magic, version) != (BIN_MAGIC, BIN_VERSION):
-        raise ShardError(
-            f"{path}: expected magic {BIN_MAGIC} and version {BIN_VERSION}, found {magic} and {version}; "
-            "is this a token file in llm.c's GPT-2 format?"
-        )
-    if n < 0:
-        raise ShardError(f"{path}: expected a token count, found {n}")
-    return BIN_HEADER, n
-
-
-def check_ids(name: str, start: int, ids: np.ndarray) -> None:
-    """Raise ShardError if any of a file's ids, which begin at position start in it, is none of GPT-2's."""
-    if ids.max() >= VOCAB_SIZE:
-        at = int(np.argmax(ids >= VOCAB_SIZE))
-        raise ShardError(f"{name}: token {start + at:,} is {ids[at]}, but GPT-2's ids end at {VOCAB_SIZE - 1}")
-
-
-def shard_paths(directory: Path, split: str) -> list[Path]:
-    """The shards of a split, "train" or "val", in the order of their names. Raises ShardError if there are none."""
-    shards = sorted(p for p in directory.iterdir() if p.suffix in (".npy", ".bin"))
-    if not shards:
-        raise ShardError(f"{directory}: holds no .npy or .bin shards; prepare some with `python fineweb.py`")
-    if len({p.suffix for p in shards}) > 1:
-        raise ShardError(f"{directory}: holds both .npy and .bin shards; keep one kind, or they may count twice")
-    chosen = [p for p in shards if split in p.name]
-    if not chosen:
-        raise ShardError(f'{directory}: none of its {len(shards)} shards has "{split}" in its name')
-    return chosen
-
-
-def read_manifest(directory: Path) -> dict:
-    """A directory's manifest.json, which fineweb.py has written. Raises ShardError if it is none."""
-    path = directory / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"shards", "documents", "complete"} - manifest.keys()
-        missing = missing.union(*({"name", "tokens", "sha256"} - shard.keys() for shard in manifest.get("shards", ())))
-    except (OSError, ValueError, TypeError, AttributeError) as e:
-        raise ShardError(f"{path}: cannot be read as a manifest ({first_line(e)})") from None
-    if missing:
-        raise ShardError(f"{path}: cannot be read as a manifest (no {', '.join(sorted(missing))})")
-    return manifest
-
-
-def check_manifest(directory: Path, tokens: dict[str, int]) -> None:
-    """Compare a directory's shards, by name their number of tokens, with its manifest.json. Raises ShardError."""
-    manifest = read_manifest(directory)
-    if not manifest["complete"]:
-        raise ShardError(f"{directory}: not all of its shards are written yet: give the command again that began it")
-    expected = {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
-    for name in sorted(expected.keys() | tokens.keys()):
-        if expected.get(name) != tokens.get(name):
-            has, says = (f"{n[name]:,} tokens" if name in n else "no such shard" for n in (tokens, expected))
-            raise ShardError(f"{directory / name}: {has} there, but manifest.json says {says}; see fineweb.py --verify")
+    tiktoken fails at a very long run of whitespace before text. GPT-2's pattern takes such a run without its last
+    character as one piece, and whitespace at the end of a text as one piece. So the text is cut before that last
+    character: pieces and ids stay the same.
+    """
+    parts = [text]
+    if len(text) > LONG_RUN:
+        parts = re.split(f"(?={WHITESPACE}{NO_WHITESPACE})(?<={WHITESPACE}{{{LONG_RUN}}})", text)
+    ids = [gpt2_encoding().encode_to_numpy(part, disallowed_special=()) for part in parts]
+    return np.concatenate(ids).astype(np.uint16)

@@ -1,5 +1,7 @@
 """Files that are complete or absent."""
 
+from errors import UserError, first_line
+
 import contextlib
 import os
 from collections.abc import Iterator
@@ -9,23 +11,22 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def write_atomically(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to write bytes. It gets its name at the end of the block, and nothing is left if the block fails.
+    """Open a file to write bytes. It gets its name at the end of the block; nothing is left if the block fails.
 
-    A device or a pipe, such as /dev/stdout, is written directly.
+    A device or a pipe, such as /dev/stdout, is written directly. Raise UserError if the disk is full or fails.
     """
     target = Path(os.path.realpath(path))  # a link stays a link
-    if os.path.exists(target) and not os.path.isfile(target):
-        with open(target, "wb") as f:
-            yield f
-        return
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    is_device = os.path.exists(target) and not os.path.isfile(target)
+    partial = target if is_device else target.with_name(target.name + ".partial")
     try:
         with open(partial, "wb") as f:
             yield f
             f.flush()
-            os.fsync(f.fileno())
-        partial.replace(target)
+            if not is_device:
+                os.fsync(f.fileno())
+                partial.replace(target)
     except OSError as e:
-        raise OSError(e.errno, e.strerror, str(path)) from None  # and not the partial file's name
+        raise UserError(f"{path}: cannot be written ({e.strerror or first_line(e)})", 4) from None
     finally:
-        partial.unlink(missing_ok=True)
+        if not is_device:
+            partial.unlink(missing_ok=True)

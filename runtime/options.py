@@ -68,7 +68,7 @@ def add_option(parser: argparse.ArgumentParser, f) -> None:
         action = argparse.BooleanOptionalAction if f.default else "store_true"
         parser.add_argument(*names, action=action, **settings)
         return
-    settings["type"] = kind
+    settings["type"] = path if kind is Path else kind
     if "choices" in f.metadata:
         settings["choices"] = f.metadata["choices"]
     else:
@@ -98,6 +98,13 @@ def check_values(cls, values: dict) -> None:
             raise UserError(f"--{f.name} {value}: must be from {low:g} to {high:g}")
         if value == "" and not f.metadata.get("empty"):
             raise UserError(f"--{f.name}: is empty")
+
+
+def path(name: str) -> Path:
+    """Return the path of this name. An empty one would be the working directory."""
+    if not name:
+        raise argparse.ArgumentTypeError("is empty")
+    return Path(name)
 
 
 def input_file(name: str) -> Path:

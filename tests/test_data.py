@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import tokens
 from conftest import BOOKS_TEXT
-from data import DataLoaderLite, inputs_and_targets, open_data
+from data import DataLoaderLite, ShardError, inputs_and_targets, open_data
 from recipe import TrainConfig, learning_rate
 from train_gpt2 import dropout_seed
 
@@ -74,7 +74,7 @@ def test_an_id_that_is_none_is_named_with_its_shard_and_position():
     files[1][1][7] = 50257
     loader = DataLoaderLite(files, 4)
     loader.rows([0, 1])
-    with pytest.raises(tokens.ShardError, match="shard 1: token 7 is 50257, but GPT-2's ids end at 50256"):
+    with pytest.raises(ShardError, match="shard 1: token 7 is 50257, but GPT-2's ids end at 50256"):
         loader.rows([4])
 
 

@@ -369,7 +369,7 @@ def test_shards_are_read_in_both_formats(tmp_path, text):
         for name, part in ("val_000000", ids[:1000]), ("train_000001", ids[1000:5000]), ("train_000002", ids[5000:]):
             path = tmp_path / kind / f"edufineweb_{name}.{kind}"
             if kind == "npy":
-                tokens.write_shard(path, part)
+                data.write_shard(path, part)
             else:
                 header = np.zeros(256, dtype="<i4")
                 header[:3] = 20240520, 1, len(part)
