@@ -282,7 +282,7 @@ def summary(config: TrainConfig, data: Data, model: GPT, ranks: int, reason: str
     """Return the first lines of a run. reason says why it is not compiled."""
     kind = "text" if data.is_text else f"{len(data.train)} training shards"
     origin = f", from {config.init_from}" if config.init_from else ""
-    epochs = config.max_steps * config.total_batch_size / data.n_tokens
+    epochs = config.max_steps * config.total_batch_size / max(1, data.n_tokens)  # none: DataLoaderLite says so
     steps = f"{config.max_steps:,} steps of {config.total_batch_size:,} tokens, {epochs:.2f} epochs"
     steps += "; nothing is written" if config.dry_run else f"; log and checkpoints in {config.log_dir}/"
     grad_accum_steps = config.total_batch_size // (config.micro_batch_size * config.seq_len * ranks)
