@@ -367,16 +367,16 @@ class Trainer:
     def probe(self, B: int, communicate: bool = False) -> tuple[bool, str]:
         """Run an evaluation and a training pass with B sequences. Return whether they ran out of memory, and the error
         if they could not be compiled."""
-        error = None
+        out_of_memory, compile_error = False, ""
         try:
-            self.run_passes(B, communicate)  # whose end frees all that it has made
-        except Exception as e:
-            if not is_out_of_memory(e) and not isinstance(e, torch._dynamo.exc.TorchDynamoException):
+            self.run_passes(B, communicate)
+        except Exception as e:  # not kept: its traceback holds the frame of run_passes, and all that was made there
+            out_of_memory = is_out_of_memory(e)
+            if not out_of_memory and not isinstance(e, torch._dynamo.exc.TorchDynamoException):
                 raise
-            error = e
+            compile_error = "" if out_of_memory else first_line(e)
         self.raw_model.zero_grad(set_to_none=True)
-        out_of_memory = error is not None and is_out_of_memory(error)
-        return out_of_memory, first_line(error) if error and not out_of_memory else ""
+        return out_of_memory, compile_error
 
     def run_passes(self, B: int, communicate: bool) -> None:
         """Take as much memory as a step does: the moments of the optimizer, earlier gradients, both kinds of passes."""

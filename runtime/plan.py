@@ -286,7 +286,7 @@ def summary(plan: Plan, data: Data, model: GPT, ranks: int, reason: str | None) 
     kind = "text" if data.is_text else f"{len(data.train)} training shards"
     if new and data.is_text and "data" not in plan.flags:
         kind += ", as there are no shards in edu_fineweb10B/"
-    epochs = config.max_steps * config.total_batch_size / data.n_tokens
+    epochs = config.max_steps * config.total_batch_size / max(1, data.n_tokens)  # DataLoaderLite refuses 0
     steps = f"{config.max_steps:,} steps of {config.total_batch_size:,} tokens, {epochs:.2f} epochs"
     steps += "; nothing is written" if config.dry_run else f"; log and checkpoints in {config.log_dir}/"
     grad_accum_steps = config.total_batch_size // (config.micro_batch_size * config.seq_len * ranks)

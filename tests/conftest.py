@@ -1,5 +1,9 @@
 """What the tests share: the scripts run as a user runs them, on models small enough for a test."""
 
+from errors import run_script
+
+import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -15,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 
+import train_gpt2  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 # A job that a shell has put into the background ignores Ctrl-C, and so would all that it starts.
@@ -56,6 +61,20 @@ def run(script: str, *flags, ranks: int = 1, status: int | None = 0, **kwargs) -
     )
     assert status is None or done.returncode == status, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def run_in_process(*flags, status: int = 0) -> subprocess.CompletedProcess:
+    """Run train_gpt2.py in this process, which has imported torch already, and check its exit status."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        done = run_script(train_gpt2.main, [*map(str, flags)])
+    assert done == status, f"exit {done}\n{stdout.getvalue()}\n{stderr.getvalue()}"
+    return subprocess.CompletedProcess(flags, done, stdout.getvalue(), stderr.getvalue())
+
+
+def run_ranks(script: str | Path, *flags, **kwargs) -> subprocess.CompletedProcess:
+    """Run a script on two ranks without torchrun; the last line of stderr has their exit statuses."""
+    return run("tests/scripts/two_ranks.py", ROOT / script, *flags, **kwargs)
 
 
 def read_log(log_dir: Path, name: str = "train") -> dict[int, str]:
@@ -148,9 +167,9 @@ def perturbed(config: GPTConfig, seed: int = 0, std: float = 0.05) -> GPT:
     return model
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    """A text of 40,000 characters, which is quicker to tokenize than the whole."""
-    path = tmp_path / "text.txt"
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """A text of 40,000 characters, which is quicker to tokenize than the whole. To read only."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(BOOKS_TEXT.read_text()[:40000])
     return path

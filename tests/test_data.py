@@ -1,4 +1,6 @@
-"""The batches: every row once an epoch, the same rows at the same step whatever the micro-batch and the ranks."""
+"""The batches: every row once an epoch, the same rows at the same step for any micro-batch and number of ranks."""
+
+import hashlib
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 import tokens
 from conftest import BOOKS_TEXT
-from data import DataLoaderLite, ShardError, inputs_and_targets, open_data
+from data import DataLoaderLite, ShardError, inputs_and_targets, open_data, permutation
 from recipe import TrainConfig, learning_rate
 from train_gpt2 import dropout_seed
 
@@ -26,7 +28,7 @@ shapes = st.tuples(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.inte
 
 @settings(max_examples=200, deadline=None)
 @given(shape=shapes, shuffle_first=st.booleans(), seed=st.integers(0, 5))
-def test_an_epoch_is_every_row_once_and_rows_are_windows_of_the_stream(shape, shuffle_first, seed):
+def test_epoch_has_every_row_once_and_targets_one_further_on(shape, shuffle_first, seed):
     lengths, T = shape
     files = make_files(lengths)
     stream = np.concatenate([ids for _, ids in files])
@@ -57,7 +59,7 @@ def test_an_epoch_is_every_row_once_and_rows_are_windows_of_the_stream(shape, sh
     split=st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (1, 4)]),
     first_step=st.integers(0, 7),
 )
-def test_a_step_has_the_same_rows_for_every_micro_batch_and_number_of_ranks(shape, R, split, first_step):
+def test_step_has_same_rows_for_any_micro_batch_and_ranks(shape, R, split, first_step):
     lengths, T = shape
     W, B = split
     loader = DataLoaderLite(make_files(lengths), T, seed=1)
@@ -69,7 +71,22 @@ def test_a_step_has_the_same_rows_for_every_micro_batch_and_number_of_ranks(shap
         rank.close()
 
 
-def test_an_id_that_is_none_is_named_with_its_shard_and_position():
+@pytest.mark.parametrize(
+    "n, seed, epoch, sha256",
+    [
+        (10, 0, 0, "4da903d35fe1d86d"),
+        (10, 0, 1, "6d6766770fd8e7b7"),
+        (2359, 1337, 0, "9f76c8f6cf7e2f00"),
+        (1_000_000, 1337, 1, "c7c49839bb38e367"),
+    ],
+)
+def test_order_of_an_epoch_is_pinned(n, seed, epoch, sha256):
+    """With another order, from a newer numpy perhaps, a resumed run would see some rows twice and others never."""
+    order = permutation(n, seed, epoch)
+    assert hashlib.sha256(order.astype("<i8").tobytes()).hexdigest()[:16] == sha256
+
+
+def test_bad_token_id_is_named_with_shard_and_position():
     files = make_files([10, 20])
     files[1][1][7] = 50257
     loader = DataLoaderLite(files, 4)
@@ -86,12 +103,12 @@ def test_text_keeps_its_last_tenth_for_validation(text):
     assert decode(train.tolist()) == content[:36000] and decode(val.tolist()) == content[36000:]
 
 
-def test_the_whole_of_tiny_shakespeare_has_the_published_number_of_tokens():
+def test_tiny_shakespeare_has_the_published_token_counts():
     data = open_data(BOOKS_TEXT)  # nanoGPT's data/shakespeare/prepare.py prints these
     assert (len(data.train[0][1]), len(data.val[0][1])) == (301_966, 36_059)
 
 
-def test_learning_rate():
+def test_cosine_schedule_has_warm_up_and_reaches_min_lr():
     config = TrainConfig(max_lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
     rates = [learning_rate(step, config) for step in range(111)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
@@ -102,7 +119,7 @@ def test_learning_rate():
 
 
 @pytest.mark.parametrize(
-    "share, rates",
+    "fraction, rates",
     [
         (0.0, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0.2]),
         (1 / 3, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]),
@@ -110,12 +127,12 @@ def test_learning_rate():
         (1.0, [0.25, 0.5, 0.75, 1, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]),  # from the end of warm-up on
     ],
 )
-def test_warm_up_stable_decay(share, rates):
-    config = TrainConfig(max_lr=1.0, min_lr=0.2, warmup_steps=4, max_steps=12, schedule="wsd", decay_share=share)
+def test_wsd_schedule_decays_over_the_last_fraction(fraction, rates):
+    config = TrainConfig(max_lr=1.0, min_lr=0.2, warmup_steps=4, max_steps=12, schedule="wsd", decay_fraction=fraction)
     assert [learning_rate(step, config) for step in range(13)] == pytest.approx(rates)
 
 
-def test_dropout_is_seeded_differently_for_each_micro_batch():
-    config = TrainConfig()
-    seeds = {dropout_seed(config, step, m) for step in range(50) for m in range(50)}
+def test_dropout_seed_differs_for_each_step_and_micro_batch():
+    seeds = {dropout_seed(1337, step, m) for step in range(50) for m in range(50)}
     assert len(seeds) == 2500 and max(seeds) < 2**32
+    assert dropout_seed(1338, 0, 0) != dropout_seed(1337, 0, 0)

@@ -1,19 +1,27 @@
 """Every mistake a user can make: one line that names the file or flag and the fix, exit status 2, nothing written."""
 
+from errors import UserError, run_script
+
 import json
+import math
 import os
+import shlex
 import shutil
 from dataclasses import fields
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
+import hellaswag
 import model
-import recipe
 import tokens
 import train_gpt2
-from conftest import ROOT, SMALL, run
+from conftest import BOOKS_TEXT, SMALL, run_ranks
+from recipe import PRESETS, TrainConfig
 from runtime import checkpoint
+from runtime.distributed import Distributed
+from runtime.options import check_values
 
 IDS = np.arange(2000, dtype=np.uint16)
 
@@ -21,25 +29,22 @@ IDS = np.arange(2000, dtype=np.uint16)
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty working directory with a text in it."""
-    (tmp_path / "text.txt").write_text((ROOT / "input.txt").read_text()[:8000])
+    (tmp_path / "text.txt").write_text(BOOKS_TEXT.read_text()[:8000])
     monkeypatch.chdir(tmp_path)
     for name in "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE":
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
 
-def refuse(capsys, *flags, status: int = 2, said: str = "") -> str:
-    """Run in vain: the one line, after making sure that it is one and that nothing was written (or said before)."""
+def refuse(capsys, *flags, printed: str = "") -> str:
+    """Run in vain; return the one line on stderr, after checking that nothing is written or, but for what begins with
+    `printed`, printed."""
     before = sorted(os.walk("."))
-    assert train_gpt2.main([*map(str, flags)]) == status
+    assert run_script(train_gpt2.main, [*map(str, flags)]) == 2
     out, err = capsys.readouterr()
     assert sorted(os.walk(".")) == before
-    assert (
-        out.startswith(said)
-        and bool(out) == bool(said)
-        and err.startswith("train_gpt2.py: error: ")
-        and err.count("\n") == 1
-    ), out + err
+    assert out.startswith(printed) and bool(out) == bool(printed), out
+    assert err.startswith("train_gpt2.py: error: ") and err.count("\n") == 1, err
     return err
 
 
@@ -55,8 +60,8 @@ def refuse(capsys, *flags, status: int = 2, said: str = "") -> str:
         ("--compile yes", "--compile: invalid choice: 'yes'"),
         ("--optimizer sgd", "--optimizer: invalid choice: 'sgd' (choose from"),
         ("--schedule linear", "--schedule: invalid choice: 'linear' (choose from"),
-        ("--decay_share 1.5", "--decay_share 1.5: must be from 0 to 1"),
-        ("--muon_ratio -1", "--muon_ratio -1.0: must be from 0 to"),
+        ("--decay_fraction 1.5", "--decay_fraction 1.5: must be from 0 to 1"),
+        ("--muon_lr_scale -1", "--muon_lr_scale -1.0: must be from 0 to"),
         ("--n_layer two", "--n_layer: invalid int value: 'two'"),
         ("--n_layer", "--n_layer: expected one argument"),
         ("--n_layer 0", "--n_layer 0: must be from 1 to"),
@@ -75,28 +80,59 @@ def refuse(capsys, *flags, status: int = 2, said: str = "") -> str:
         ),
         (
             "--total_batch_size 256 --seq_len 32 --micro_batch_size 3",
-            "--micro_batch_size 3: does not divide the 8 rows of a step and rank; 2 would",
+            "--micro_batch_size 3: does not divide the 8 sequences of a step and rank; 2 would",
         ),
         ("--data nowhere", "--data nowhere: no such file or directory"),
-        ("--seq_len 9999 --total_batch_size 9999", "text.txt: 2025 tokens are too few for a row of --seq_len 9999"),
-        ("--init_from nowhere/at/all", "--init_from nowhere/at/all: no GPT-2 there, or out of reach"),
-        ("--init_from gpt2", "--init_from gpt2: no GPT-2 there, or out of reach"),
-        ("--init_from .", "--init_from .: no GPT-2 there, or out of reach"),
+        (
+            "--seq_len 9999 --total_batch_size 9999",
+            "text.txt: 2,025 tokens are too few for a sequence of --seq_len 9999",
+        ),
+        ("--init_from nowhere/at/all", "--init_from nowhere/at/all: no GPT-2 there, or the hub does not answer"),
+        ("--init_from gpt2", "--init_from gpt2: no GPT-2 there, or the hub does not answer"),
+        ("--init_from .", "--init_from .: no GPT-2 there, or the hub does not answer"),
         ("--device cuda", "--device cuda: PyTorch finds no such device here"),
-        ("--log_dir text.txt", "--log_dir text.txt: text.txt is a file, not a directory"),
-        ("--log_dir text.txt/log", "--log_dir text.txt/log: "),
-        ("--resume nowhere", "--resume nowhere: nowhere/checkpoint.json: expected a save's record, found none"),
+        ("--log_dir ''", "--log_dir: is empty"),
+        ("--data ''", "--data: is empty"),
+        ("--init_from ''", "--init_from: is empty"),
+        ("--resume ''", "--resume: is empty"),
+        ("--resume nowhere", "--resume nowhere: nowhere/checkpoint.json: cannot be read as the record of a checkpoint"),
+        ("--warmup_steps 9", "--warmup_steps 9: more than --max_steps 8"),
     ],
 )
-def test_wrong_flags(here, capsys, monkeypatch, flags, message):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    import huggingface_hub.constants
+def test_wrong_flags_are_one_line(here, capsys, monkeypatch, flags, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    data = () if "--data" in flags else ("--data", "text.txt")
+    assert message in refuse(capsys, *SMALL, *data, *shlex.split(flags))
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    given = list(SMALL)
-    if "--data" not in flags:
-        given += ["--data", "text.txt"]
-    assert message in refuse(capsys, *given, *flags.split())
+
+@pytest.mark.parametrize(
+    "name, allowed, refused",
+    [
+        ("n_layer", [1, 1000], [0, -1, 1001]),
+        ("n_head", [1, 2**40], [0, 2**40 + 1]),
+        ("keep", [1], [0]),
+        ("max_steps", [None, 0], [-1]),
+        ("dist_timeout", [1.0], [0.99, math.nan]),
+        ("dropout", [0.0, 0.99], [-1e-9, 1.0, math.nan]),
+        ("decay_fraction", [0.0, 1.0], [-0.1, 1.1]),
+        ("max_lr", [0.0, 1.0], [-1e-9, math.inf, -math.inf, math.nan]),
+        ("seed", [0, 2**31], [-1, 2**31 + 1]),
+        ("bias", [True, False], []),
+        ("log_dir", ["log"], [""]),
+        ("wandb", [None, "project"], [""]),
+    ],
+)
+def test_bounds_of_an_option_are_inclusive(name, allowed, refused):
+    for value in allowed:
+        check_values(TrainConfig, {name: value})
+    for value in refused:
+        with pytest.raises(UserError, match=f"^--{name}( {value}: must be from .* to .*|: is empty)$"):
+            check_values(TrainConfig, {name: value})
+
+
+def test_every_default_and_preset_is_within_its_bounds():
+    for preset in PRESETS.values():
+        check_values(TrainConfig, vars(TrainConfig(**preset)))
 
 
 def shard(path, ids=IDS):
@@ -143,12 +179,12 @@ def both_then(change):
         ),
         (
             both_then(lambda d: shard(d / "x_train_000001.npy", IDS[:5])),
-            "5 tokens are too few for a row of --seq_len 32",
+            "5 tokens are too few for a sequence of --seq_len 32",
         ),
         (both_then(lambda d: shard(d / "x_val_000000.npy", IDS[:5])), "x_val_000000.npy: 5 tokens are too few"),
     ],
 )
-def test_wrong_shards(here, capsys, make, message):
+def test_wrong_shards_are_one_line(here, capsys, make, message):
     (here / "data").mkdir()
     make(here / "data")
     assert message in refuse(capsys, *SMALL, "--data", "data")
@@ -158,37 +194,47 @@ def test_wrong_shards(here, capsys, make, message):
     "content, message",
     [
         (b"caf\xe9 au lait", "--data wrong.txt: not UTF-8 text (byte 3)"),
-        (b"", "wrong.txt: 0 tokens are too few for a row of --seq_len 32 and its target"),
-        (b"too short", "wrong.txt: 3 tokens are too few for a row of --seq_len 32 and its target"),
+        (b"", "wrong.txt: 0 tokens are too few for a sequence of --seq_len 32 and its target"),
+        (b"too short", "wrong.txt: 3 tokens are too few for a sequence of --seq_len 32 and its target"),
         (
             b"words and words " * 40,
             "the last tenth of wrong.txt: 13 tokens are too few",
         ),  # enough to train on, not to validate on
     ],
 )
-def test_wrong_text(here, capsys, content, message):
+def test_wrong_text_is_one_line(here, capsys, content, message):
     (here / "wrong.txt").write_bytes(content)
     assert message in refuse(capsys, *SMALL, "--data", "wrong.txt")
 
 
-def test_an_id_out_of_range_in_the_middle_of_a_shard_is_found_when_it_is_read(here, capsys):
+def test_bad_token_id_inside_a_shard_is_found_when_read(here, capsys):
     (here / "data").mkdir()
     ids = np.zeros(20000, dtype=np.uint16)
     shard(here / "data/x_val_000000.npy", ids)
-    ids[10000] = 60000
+    ids[2100] = 60000  # the first page, of 2048 tokens, is checked at the start
     shard(here / "data/x_train_000001.npy", ids)
-    assert train_gpt2.main([*SMALL, "--data", "data", "--max_steps", "100", "--eval_every", "0"]) == 2
+    assert run_script(train_gpt2.main, [*SMALL, "--data", "data", "--max_steps", "100", "--eval_every", "0"]) == 2
     err = capsys.readouterr().err
-    assert err == "train_gpt2.py: error: x_train_000001.npy: token 10,000 is 60000, but GPT-2's ids end at 50256\n"
+    assert err == "train_gpt2.py: error: x_train_000001.npy: token 2,100 is 60000, but GPT-2's ids end at 50256\n"
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A finished run of two steps."""
-    directory = tmp_path_factory.mktemp("saved")
-    (directory / "text.txt").write_text((ROOT / "input.txt").read_text()[:8000])
-    run("train_gpt2.py", *SMALL, "--data", "text.txt", "--max_steps", 2, cwd=directory)
+def finished(tmp_path_factory):
+    """A directory with text.txt, and in log/ a finished run of two steps."""
+    directory = tmp_path_factory.mktemp("finished")
+    (directory / "text.txt").write_text(BOOKS_TEXT.read_text()[:8000])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        assert run_script(train_gpt2.main, [*SMALL, "--data", "text.txt", "--max_steps", "2"]) == 0
     return directory
+
+
+def rewrite_record(path, change) -> None:
+    """Change a checkpoint.json, with a digest that fits."""
+    record = json.loads(path.read_bytes())
+    del record["sha256"]
+    change(record)
+    path.write_bytes(checkpoint.canonical(dict(record, sha256=checkpoint.digest(record))))
 
 
 @pytest.mark.parametrize(
@@ -203,142 +249,179 @@ def saved(tmp_path_factory):
         ("--max_steps 3", "max_steps 2 → 3"),
         ("--dropout 0.1", "dropout 0.0 → 0.1"),
         ("--weight_decay 0", "weight_decay 0.1 → 0.0"),
-        ("--optimizer muon --muon_ratio 2", "optimizer adamw → muon, muon_ratio 1.0 → 2.0"),
-        ("--schedule wsd --decay_share 0.2", "schedule cosine → wsd, decay_share 0.5 → 0.2"),
+        ("--optimizer muon --muon_lr_scale 2", "optimizer adamw → muon, muon_lr_scale 1.0 → 2.0"),
+        ("--schedule wsd --decay_fraction 0.2", "schedule cosine → wsd, decay_fraction 0.5 → 0.2"),
         ("--preset gpt2 --seq_len 32 --total_batch_size 256", "n_layer 2 → 12"),
         ("--data other.txt", "the data text.txt → other.txt, which has other tokens"),
         ("--init_from gpt2", "init_from None → gpt2"),
     ],
 )
-def test_resuming_as_another_run(here, saved, capsys, flags, message):
-    shutil.copytree(saved / "log", here / "log")
+def test_resume_refuses_what_would_be_another_run(here, finished, capsys, flags, message):
+    shutil.copytree(finished / "log", here / "log")
     (here / "other.txt").write_text((here / "text.txt").read_text() + "more")
-    given = ["--device", "cpu", "--resume", "--dtype", "float32"]
-    line = refuse(capsys, *given, *flags.split())
-    assert message in line and "may not change in mid-run" in line
+    line = refuse(capsys, "--device", "cpu", "--resume", "--dtype", "float32", *flags.split())
+    assert "--resume log/step_000002: these may not change in a run: " in line
+    assert message in line and "start a new run?" in line
 
 
-def test_resuming_a_save_that_is_older_than_some_options(here, saved, capsys):
-    shutil.copytree(saved / "log", here / "log")
-    path = here / "log/step_000002/checkpoint.json"
-    record = json.loads(path.read_text())
-    del record["sha256"]
-    for part in "requested", "config":
-        for name in "optimizer", "muon_ratio", "schedule", "decay_share":
-            del record[part][name]
-    path.write_bytes(checkpoint._canonical(record | dict(sha256=checkpoint._digest(record))))
-    assert train_gpt2.main(["--resume", "--device", "cpu"]) == 0
-    assert "at step 2: nothing changed" in capsys.readouterr().out
+def test_resume_of_a_checkpoint_without_newer_options(here, finished, capsys):
+    shutil.copytree(finished / "log", here / "log")
+
+    def remove_options(record):
+        for name in "optimizer", "muon_lr_scale", "schedule", "decay_fraction":
+            del record["config"][name]
+
+    rewrite_record(here / "log/step_000002/checkpoint.json", remove_options)
+    assert run_script(train_gpt2.main, ["--resume", "--device", "cpu"]) == 0
+    assert "resumed log/step_000002 at step 2: nothing changed" in capsys.readouterr().out
 
 
-def test_resuming_from_what_is_no_save(here, saved, capsys):
-    there = f"no save, but there is {saved}/log/step_000002"
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda r: r["config"].update(n_layer=2**40),
+            "checkpoint.json: --n_layer 1099511627776: must be from 1 to 1000",
+        ),
+        (lambda r: r["config"].update(keep=0), "checkpoint.json: --keep 0: must be from 1 to"),
+        (lambda r: r["config"].update(init_from=""), "checkpoint.json: --init_from: is empty"),
+        (
+            lambda r: r["config"].update(no_option=1),
+            "checkpoint.json: TrainConfig.__init__() got an unexpected keyword",
+        ),
+        (lambda r: r.pop("flags"), "checkpoint.json: cannot be read as the record of a checkpoint (lacks 'flags')"),
+        (lambda r: r.update(step="2"), "checkpoint.json: cannot be read as the record of a checkpoint (step is '2')"),
+        (
+            lambda r: r.update(requested={}),
+            "checkpoint.json: written by an earlier version of this code, which cannot be resumed; "
+            "--init_from log/step_000002 starts a new run from its weights",
+        ),
+    ],
+)
+def test_resume_refuses_a_record_that_no_run_wrote(here, finished, capsys, change, message):
+    shutil.copytree(finished / "log", here / "log")
+    rewrite_record(here / "log/step_000002/checkpoint.json", change)
+    assert message in refuse(capsys, "--resume", "log/step_000002", "--device", "cpu")
+
+
+def test_resume_from_no_checkpoint_names_those_there_are(here, finished, capsys):
     for name in "log", "log/step_000001":
-        line = refuse(capsys, "--resume", saved / name, "--device", "cpu")
-        assert f"--resume {saved / name}: {there}" in line
-    shutil.copytree(saved / "log/step_000002", here / "save")
-    with open(here / "save/model.safetensors", "r+b") as f:
+        line = refuse(capsys, "--resume", finished / name, "--device", "cpu")
+        assert f"--resume {finished / name}: is not a checkpoint; there is {finished}/log/step_000002" in line
+
+
+def test_resume_from_a_damaged_checkpoint_names_the_file(here, finished, capsys):
+    shutil.copytree(finished / "log/step_000002", here / "copy")
+    with open(here / "copy/model.safetensors", "r+b") as f:
         f.seek(5000)
         f.write(b"\xff")
-    line = refuse(capsys, "--resume", "save", "--device", "cpu")
-    assert "save/model.safetensors: does not match its SHA-256; --resume alone takes the newest" in line
+    line = refuse(capsys, "--resume", "copy", "--device", "cpu")
+    assert "copy/model.safetensors: does not match its SHA-256; --resume alone takes the newest that verifies" in line
 
 
-def test_initialising_from_another_kind_of_model(here, capsys):
+def test_init_from_another_kind_of_model_is_refused(here, capsys):
     (here / "llama").mkdir()
     (here / "llama/config.json").write_text(json.dumps(dict(model_type="llama")))
-    assert "llama: no GPT-2: its config.json has model_type 'llama'" in refuse(capsys, "--init_from", "llama")
+    line = refuse(capsys, "--init_from", "llama")
+    assert "--init_from llama: " in line and line.endswith("no GPT-2: its config.json has model_type 'llama'\n")
 
 
-def test_a_shape_that_contradicts_the_model(here, saved, capsys):
-    line = refuse(capsys, "--init_from", saved / "log/step_000002", "--n_layer", 3, "--device", "cpu")
+def test_init_from_refuses_a_shape_that_contradicts_the_model(here, finished, capsys):
+    line = refuse(capsys, "--init_from", finished / "log/step_000002", "--n_layer", 3, "--device", "cpu")
     assert "--n_layer 3: the model of --init_from has 2; leave the flag out" in line
 
 
-def test_a_log_directory_in_use(here, capsys):
-    from filelock import FileLock
+def test_init_from_a_model_with_another_vocabulary_is_refused(here, capsys, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    model.GPT(model.GPTConfig(32, 1000, 1, 1, 8)).save_pretrained(other)
+    flags = SMALL[SMALL.index("--seq_len") :]
+    line = refuse(capsys, *flags, "--data", "text.txt", "--init_from", other)
+    assert f"--init_from {other}: has 1000 tokens, not GPT-2's 50257" in line
 
+
+def test_log_dir_in_use_is_refused(here, capsys):
     (here / "log").mkdir()
     with FileLock(here / "log/.lock"):
-        line = refuse(capsys, *SMALL, "--data", "text.txt", said="preset ")
-    assert "--log_dir log: another run is writing there" in line
+        line = refuse(capsys, *SMALL, "--data", "text.txt", printed="preset ")
+    assert "--log_dir log: another run is writing there; give this one its own" in line
 
 
-def test_a_log_directory_that_cannot_be_written(here, capsys):
-    line = refuse(capsys, *SMALL, "--data", "text.txt", "--log_dir", "/proc/log", said="preset ")
-    assert "--log_dir /proc/log: /proc/log cannot be used (No such file or directory)" in line
+@pytest.mark.parametrize(
+    "log_dir, problem",
+    [
+        ("text.txt", "text.txt cannot be written (File exists)"),
+        ("text.txt/log", "text.txt/log cannot be written (Not a directory)"),
+        ("/proc/log", "/proc/log cannot be written (No such file or directory)"),
+    ],
+)
+def test_log_dir_that_cannot_be_made_is_refused(here, capsys, log_dir, problem):
+    line = refuse(capsys, *SMALL, "--data", "text.txt", "--log_dir", log_dir, printed="preset ")
+    assert f"--log_dir {log_dir}: {problem}" in line
 
 
-def test_a_model_that_does_not_fit(here, capsys):
+def test_model_larger_than_memory_is_refused(here, capsys):
     line = refuse(capsys, *SMALL, "--data", "text.txt", "--n_embd", 2**24)
-    assert "the model does not fit into memory: try a smaller --preset" in line
+    # 2 layers of 12·n_embd² weights, four bytes each, and the embeddings
+    assert "the model does not fit into memory: its weights take 27,024,974.5 GB, and " in line
+    assert " GB are free; try a smaller --preset" in line
 
 
-@pytest.mark.parametrize("size", [1000])
-def test_a_model_with_another_vocabulary(here, capsys, size):
-    from model import GPT, GPTConfig
-
-    GPT(GPTConfig(32, size, 1, 1, 8)).save_pretrained("other")
-    shutil.move("other", here.parent / "other")
-    line = refuse(capsys, *SMALL, "--data", "text.txt", "--init_from", here.parent / "other")
-    assert "other: 1000 tokens, not GPT-2's 50257" in line or "has 1000 tokens" in line
-
-
-def test_more_ranks_than_gpus(here, capsys, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+def test_more_ranks_than_gpus_is_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert "8 ranks on a host with 2 GPUs: use --nproc_per_node=2" in refuse(capsys)
+    with pytest.raises(UserError, match="^8 ranks on a host with 2 GPUs: use --nproc_per_node=2$"):
+        Distributed(60).set_device("cuda")
 
 
-def test_an_id_out_of_range_that_only_the_second_rank_reads_is_named(here):
+def test_bad_token_id_that_one_rank_reads_is_named_once(here):
     (here / "data").mkdir()
-    ids = np.zeros(20000, dtype=np.uint16)
+    ids = np.zeros(10000, dtype=np.uint16)
     shard(here / "data/x_val_000000.npy", ids)
-    ids[5 * 32 + 3] = 60000  # in the second rank's half of the first step; the first page is checked at the start
-    ids = np.concatenate([np.zeros(256 * 20, dtype=np.uint16), ids])
+    ids[256 * 8 + 5 * 32 + 3] = 60000  # in the second rank's half of step 8, after the first page
     shard(here / "data/x_train_000001.npy", ids)
     flags = "--data", "data", "--max_steps", 100, "--eval_every", 0
-    done = run("train_gpt2.py", *SMALL, *flags, ranks=2, status=1, cwd=here)
-    line = "train_gpt2.py: error: x_train_000001.npy: token 5,283 is 60000, but GPT-2's ids end at 50256"
-    assert done.stderr.splitlines().count(line) == 1
+    done = run_ranks("train_gpt2.py", *SMALL, *flags, status=1, cwd=here)  # rank 0 has lost rank 1
+    line = "train_gpt2.py: error: x_train_000001.npy: token 2,211 is 60000, but GPT-2's ids end at 50256"
+    assert done.stderr.splitlines().count(line) == 1 and done.stderr.endswith("exit statuses 1 2\n")
 
 
-def test_under_torchrun_one_rank_speaks(here):
+def test_error_on_all_ranks_is_printed_by_one(here):
     flags = "--data", "text.txt", "--total_batch_size", 96
-    done = run("train_gpt2.py", *SMALL, *flags, ranks=2, status=1, cwd=here)  # 1 is torchrun's own status
-    lines = [line for line in done.stderr.splitlines() if line.startswith("train_gpt2.py: error")]
-    assert len(lines) == 1 and "Traceback (most" not in done.stderr.split("train_gpt2.py: error")[0]
-    assert "not a multiple of 64 = seq_len 32 × 2 ranks; 64 and 128 would be, or 1 ranks" in lines[0]
+    done = run_ranks("train_gpt2.py", *SMALL, *flags, status=2, cwd=here)
+    line = "--total_batch_size 96: not a multiple of 64 = seq_len 32 × 2 ranks; 64 and 128 would be, or 1 ranks"
+    assert done.stderr == f"train_gpt2.py: error: {line}\nexit statuses 2 2\n"
     assert not (here / "log").exists()
 
 
 @pytest.mark.parametrize("flags", [(), ("--resume", "log/step_000002")])
 def test_restarts_by_torchrun_need_resume(here, capsys, monkeypatch, flags):
-    """Without it, or with a directory, each would begin at the beginning."""
+    """Without it, or with a directory, each restart would begin at the same step again."""
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert "torchrun --max-restarts: add --resume without DIR" in refuse(capsys, *SMALL, "--data", "text.txt", *flags)
 
 
-def test_no_exam_without_its_file_and_a_network(here, capsys, monkeypatch):
-    """Neither a file nor a network: one line, and training goes on."""
-    import hellaswag
-
+def test_run_continues_without_hellaswag_file_and_network(here, capsys, monkeypatch):
     monkeypatch.setattr(hellaswag, "FILE", here / "hellaswag/hellaswag_val.jsonl")
     monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:9/hellaswag_val.jsonl")
     flags = "--data", "text.txt", "--max_steps", "2", "--hellaswag_every", "1"
-    assert train_gpt2.main([*SMALL, *flags]) == 0
-    assert "no HellaSwag exam: no " in capsys.readouterr().out
+    assert run_script(train_gpt2.main, [*SMALL, *flags]) == 0
+    assert capsys.readouterr().out.count("no HellaSwag evaluation: no ") == 1
     assert (here / "log/step_000002").is_dir() and not list((here / "hellaswag").iterdir())
 
 
-def test_flags_are_few_and_each_is_explained(capsys):
-    options = fields(recipe.TrainConfig)
+def test_help_explains_every_option_and_preset(capsys):
+    options = fields(TrainConfig)
     assert len(options) <= 36
-    done = run("train_gpt2.py", "--help")
+    with pytest.raises(SystemExit) as end:
+        run_script(train_gpt2.main, ["--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    words = "".join(out.split())  # as it is wrapped to the terminal's width, at hyphens too
     for f in options:
-        assert f"--{f.name}" in done.stdout and f.metadata["help"].split()[0] in done.stdout
-    for preset in recipe.PRESETS:
-        assert f"\n  {preset}" in done.stdout
-    assert tokens.VOCAB_SIZE == model.GPT2_VOCAB_SIZE
+        assert f"  --{f.name}" in out and "".join(f.metadata["help"].split()) in words
+    for preset in PRESETS:
+        assert f"\n  {preset}" in out
+
+
+def test_vocabulary_of_tokens_and_model_is_the_same():

@@ -1,34 +1,40 @@
-"""muon.py against torch.optim.Muon and torch.optim.AdamW, which are not ours; and runs with it, as its user has them."""
+"""muon.py compared with torch.optim.Muon and torch.optim.AdamW, and runs that use it."""
 
 import copy
+import os
+import signal
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import GPT2LMHeadModel
 
 import tokens
-from conftest import SMALL, assert_close, losses, read_log, run, weights, with_fault
+from conftest import SMALL, assert_close, losses, read_log, run, run_in_process, run_ranks, weights
 from model import GPT, GPTConfig
 from muon import orthogonalize
 from runtime import checkpoint
+from train_gpt2 import Trainer
 
-MUON = *SMALL, "--optimizer", "muon", "--muon_ratio", 2, "--schedule", "wsd"
+MUON = *SMALL, "--optimizer", "muon", "--muon_lr_scale", 2, "--schedule", "wsd"
+RUN = *MUON, "--max_steps", 24, "--max_lr", 2e-3, "--total_batch_size", 192, "--eval_every", 12, "--save_every", 0
 
 
 @pytest.fixture
-def torchs_in_float32(monkeypatch):
+def torch_muon_in_float32(monkeypatch):
     """torch.optim.Muon without its rounding to bfloat16, which would hide all but gross differences."""
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_each_parameter_goes_as_with_the_optimizer_of_torch(torchs_in_float32, bias):
-    """Five steps at changing rates, from the same gradients: all that is AdamW's bit for bit, the matrices to 1e-6."""
+def test_updates_equal_those_of_torch_muon_and_adamw(torch_muon_in_float32, bias):
+    """Five steps at changing learning rates, from the same gradients: what AdamW updates is equal bit for bit, the
+    matrices to 1e-6."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=100, n_layer=3, n_head=2, n_embd=32, bias=bias))
     theirs = copy.deepcopy(model)
-    optimizer = model.configure_optimizers(weight_decay=0.3, learning_rate=1e-3, muon_ratio=4.0)
+    optimizer = model.configure_optimizers(weight_decay=0.3, learning_rate=1e-3, muon_lr_scale=4.0)
 
     def by_hand(name: str, t: torch.Tensor) -> list[torch.Tensor]:
         """Views of query, key and value."""
@@ -65,8 +71,8 @@ def test_each_parameter_goes_as_with_the_optimizer_of_torch(torchs_in_float32, b
 
 
 @pytest.mark.parametrize("rows, columns", [(48, 48), (48, 192)])
-def test_singular_values_go_where_the_polynomial_takes_them(rows, columns):
-    """Between 0.68 and 1.21 for all above 0.002; the singular vectors stay, and each matrix of a batch is by itself."""
+def test_singular_values_are_those_of_the_polynomial(rows, columns):
+    """Between 0.68 and 1.21 for all above 0.002; the singular vectors stay, and matrices of a batch do not mix."""
     generator = torch.Generator().manual_seed(0)
     s = torch.stack([torch.logspace(-low, 0, rows, dtype=torch.float64) for low in (0.5, 2.0, 2.3)])
     s /= s.norm(dim=1, keepdim=True)  # what is above 0.002 of the Frobenius norm
@@ -84,14 +90,14 @@ def test_singular_values_go_where_the_polynomial_takes_them(rows, columns):
         assert error.max() < tolerance, (dtype, error)
 
 
-def test_a_matrix_of_zeros_stays_one():
+def test_matrix_of_zeros_stays_zero():
     assert torch.equal(orthogonalize(torch.zeros(2, 4, 8)), torch.zeros(2, 4, 8))
 
 
-def test_a_step_that_the_float16_scaler_skips_changes_nothing():
+def test_step_skipped_by_the_float16_scaler_changes_nothing():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=50, n_layer=1, n_head=1, n_embd=16))
-    optimizer = model.configure_optimizers(weight_decay=0.1, learning_rate=1e-2, muon_ratio=1.0)
+    optimizer = model.configure_optimizers(weight_decay=0.1, learning_rate=1e-2, muon_lr_scale=1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     x = torch.arange(8)[None]
     for bad in False, True, False:
@@ -115,73 +121,68 @@ def test_a_step_that_the_float16_scaler_skips_changes_nothing():
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    from conftest import BOOKS_TEXT
-
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(BOOKS_TEXT.read_text()[:40000])
-    return path
-
-
-@pytest.fixture(scope="module")
-def forty_steps(tmp_path_factory, text):
-    """The log directory of 40 steps of six rows, on one rank."""
-    log = tmp_path_factory.mktemp("forty")
-    run("train_gpt2.py", *FORTY, "--data", text, "--log_dir", log)
+def one_rank(tmp_path_factory, text):
+    """The log directory of 24 steps of six sequences, on one rank."""
+    log = tmp_path_factory.mktemp("one")
+    run_in_process(*RUN, "--data", text, "--log_dir", log)
     return log
 
 
-FORTY = *MUON, "--max_steps", 40, "--total_batch_size", 192, "--save_every", 20
-
-
-def test_three_ranks_share_the_work_and_equal_one(tmp_path, text, forty_steps):
+def test_three_ranks_share_the_work_and_equal_one(tmp_path, text, one_rank):
     """Of two layers, eight square matrices and four wide ones, of which the third rank has fewer than the others."""
-    run("train_gpt2.py", *FORTY, "--data", text, "--log_dir", tmp_path, ranks=3)
-    assert_close(losses(tmp_path), losses(forty_steps))
-    assert_close(losses(tmp_path, "val"), losses(forty_steps, "val"))
-    assert losses(tmp_path)[39] < losses(tmp_path)[0] - 0.5
-    a, b = (checkpoint.load(log / "step_000040") for log in (tmp_path, forty_steps))
+    run("train_gpt2.py", *RUN, "--data", text, "--log_dir", tmp_path, ranks=3)
+    assert_close(losses(tmp_path), losses(one_rank))
+    assert_close(losses(tmp_path, "val"), losses(one_rank, "val"))
+    assert losses(tmp_path)[23] < losses(tmp_path)[0] - 0.5
+    a, b = (checkpoint.load(log / "step_000024") for log in (tmp_path, one_rank))
     for (name, p), q in zip(a[0].named_parameters(), b[0].parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-4, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_stopped_and_resumed_is_uninterrupted(tmp_path, text, forty_steps):
-    """Bit for bit, with a state that is momentum alone for the matrices; and on two ranks it goes on as well."""
-    script = with_fault(tmp_path, "if calls == 1 + 27: os.kill(os.getpid(), signal.SIGTERM)")
-    flags = *FORTY, "--data", text, "--log_dir", tmp_path / "log"
-    run(script, *flags, status=143)
-    model, state = checkpoint.load(tmp_path / "log/step_000027")
+def test_muon_resume_is_bitwise_and_continues_on_two_ranks(tmp_path, text, one_rank, monkeypatch):
+    """The state of the matrices is their momentum alone."""
+    train_step = Trainer.train_step
+
+    def stopped_train_step(trainer):
+        if trainer.step == 16:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(trainer)
+
+    flags = *RUN, "--data", text, "--log_dir", tmp_path / "log"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", stopped_train_step)
+        run_in_process(*flags, status=143)
+    model, state = checkpoint.load(tmp_path / "log/step_000017")
     shapes = sorted(len(entry) for entry in state["optimizer"]["state"].values())
     assert shapes == [1] * 8 + [3] * (len(list(model.parameters())) - 8)
-    elsewhere = "--log_dir", tmp_path / "two", "--resume", tmp_path / "log/step_000027"
-    run("train_gpt2.py", *FORTY, "--data", text, *elsewhere, "--micro_batch_size", 3, ranks=2)
-    assert "at step 27: nothing changed" in run("train_gpt2.py", *flags, "--resume").stdout
+    elsewhere = "--log_dir", tmp_path / "two", "--resume", tmp_path / "log/step_000017"
+    run_ranks("train_gpt2.py", *RUN, "--data", text, *elsewhere, "--micro_batch_size", 3)
+    assert "at step 17: nothing changed" in run_in_process(*flags, "--resume").stdout
     for kind in "train", "val":
-        assert read_log(tmp_path / "log", kind) == read_log(forty_steps, kind)
-    assert weights(tmp_path / "log") == weights(forty_steps)
-    assert_close(losses(tmp_path / "two"), losses(forty_steps))
+        assert read_log(tmp_path / "log", kind) == read_log(one_rank, kind)
+    assert weights(tmp_path / "log") == weights(one_rank)
+    assert_close(losses(tmp_path / "two"), losses(one_rank))
 
 
-def test_what_it_trained_is_gpt2(text, forty_steps):
+def test_model_trained_with_muon_is_gpt2(text, one_rank):
     """`transformers` computes the same logits, and the validation loss that was logged."""
-    from transformers import GPT2LMHeadModel
-
-    theirs = GPT2LMHeadModel.from_pretrained(forty_steps / "step_000040").eval()
-    ours = GPT.from_pretrained(forty_steps / "step_000040").eval()
+    theirs = GPT2LMHeadModel.from_pretrained(one_rank / "step_000024").eval()
+    ours = GPT.from_pretrained(one_rank / "step_000024").eval()
     content = text.read_text()
     ids = torch.tensor(tokens.gpt2_encoding().encode_ordinary(content[len(content) * 9 // 10 :]))[: 8 * 32 + 1]
     x = ids[:-1].view(8, 32)
     logits = theirs(x).logits
     torch.testing.assert_close(ours(x)[0], logits, atol=1e-4, rtol=0)
-    assert losses(forty_steps, "val")[40] == pytest.approx(
-        F.cross_entropy(logits.flatten(0, 1), ids[1:]).item(), abs=1e-5
-    )
+    expected = F.cross_entropy(logits.flatten(0, 1), ids[1:]).item()
+    assert losses(one_rank, "val")[24] == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_dry_run_counts_the_state_that_there_is(tmp_path, text):
-    """Four bytes a weight, eight for AdamW's moments and four for Muon's momentum, three saves' worth."""
-    done = run("train_gpt2.py", *MUON, "--n_embd", 256, "--data", text, "--log_dir", tmp_path / "log", "--dry_run")
+def test_dry_run_counts_the_state_of_muon(tmp_path, text):
+    """Four bytes a weight, eight for AdamW's moments and four for Muon's momentum; two checkpoints, the best and one
+    being written."""
+    flags = *MUON, "--n_embd", 256, "--total_batch_size", 32, "--data", text, "--log_dir", tmp_path / "log"
+    done = run_in_process(*flags, "--dry_run")
     matrices = 2 * 12 * 256**2
     rest = (50304 + 32) * 256 + 2 * 13 * 256 + 2 * 256
     expected = 4 * (12 * rest + 8 * matrices) / 1e9
-    assert f"disk     {expected:.2f} GB for 2 saves" in done.stdout
+    assert f"disk     {expected:.2f} GB for 2 checkpoints" in done.stdout

@@ -1,5 +1,7 @@
 """tokens.py against the published ids, the `transformers` tokenizer, and files that are not what they should be."""
 
+from errors import UserError
+
 import errno
 import json
 import os
@@ -236,7 +238,7 @@ def test_a_failed_write_removes_only_its_own_file(tmp_path, monkeypatch, step):
     (tmp_path / "a.npy").write_bytes(b"old")
     owner = {"write": np.lib.format, "fsync": os, "replace": Path}[step]
     monkeypatch.setattr(owner, {"write": "write_array_header_1_0"}.get(step, step), fail)
-    with pytest.raises(tokens.UserError, match=r"a.npy: cannot be written \(No space left on device\)") as error:
+    with pytest.raises(UserError, match=r"a.npy: cannot be written \(No space left on device\)") as error:
         data.write_shard(tmp_path / "a.npy", IDS)
     assert error.value.status == 4
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"other.npy.partial": b"", "a.npy": b"old"}
