@@ -123,6 +123,10 @@ RECORD = json.loads(RECORDS.read_text().splitlines()[0])
         (json.dumps(RECORD | dict(label="x")), "line 2: invalid literal"),
         (json.dumps({k: v for k, v in RECORD.items() if k != "ctx"}), "line 2: lacks 'ctx'"),
         (json.dumps(RECORD | dict(ctx="")), "line 2: nothing is left of the context"),
+        (json.dumps(RECORD | dict(ctx=["a"])), "line 2: "),
+        (json.dumps(RECORD | dict(label=float("inf"))), "line 2: cannot convert float infinity to integer"),
+        ("[" * 100_000, "line 2: maximum recursion depth exceeded"),
+        ("", "line 2: Expecting value"),
     ],
 )
 def test_a_bad_record_stops_with_its_line(tmp_path, line, message):
@@ -169,6 +173,19 @@ def test_the_script(saved, tmp_path):
         (["-m", "MODEL", "-d", "meta"], "-d/--device: PyTorch finds no device meta here; try --device cpu"),
         (["-m", "MODEL", "--json", "."], "--json: cannot write .: it is a directory"),
         (["-m", "MODEL", "--limit", "0"], "--limit: must be from 1 to 1e+09, found 0"),
+        (["-m", "MODEL", "--limit", "9" * 20], "--limit: must be from 1 to 1e+09, found 9999"),
+        (["-m", "MODEL", "--batch_tokens", "-1"], "--batch_tokens: must be from 1 to"),
+        (["-m", "MODEL", "--batch_tokens", "1e9"], "--batch_tokens: invalid int value: '1e9'"),
+        (["-m", "MODEL", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+        (["-m", "MODEL", "--data", "."], "--data: no such file: ."),
+        (["-m", "MODEL", "--data", "/dev/null"], "--data: no such file: /dev/null"),
+        (["-m", "MODEL", "--data", "two\nlines"], "--data: no such file: two lines"),
+        (["-m", "MODEL", "--data", "x" * 300], "--data: no such file: xxx"),
+        (["-m", "MODEL", "-d", "hpu"], "-d/--device: PyTorch finds no device hpu here"),
+        (["-m", ""], "--model_type : no GPT-2 there"),
+        (["-m", "MODEL", "--save_predictions", "x" * 300], "--save_predictions: cannot write xxx"),
+        (["-m", "NAN"], "NAN: no GPT-2 there, or out of reach: "),
+        (["-m", "HUGE"], "HUGE: its log-probabilities in float16 are not finite"),
         (["-m", "MODEL", "--limit", "ten"], "--limit: invalid int value: 'ten'; see --help"),
         (
             ["-m", "MODEL", "--json", "nowhere/x.json"],
@@ -176,16 +193,36 @@ def test_the_script(saved, tmp_path):
         ),
     ],
 )
-def test_the_script_s_errors_are_one_line(saved, tmp_path, capsys, flags, message):
+def test_the_script_s_errors_are_one_line(saved, tmp_path, capsys, monkeypatch, flags, message):
     if "FEW" in flags:
         GPT(GPTConfig(8, 1000, 1, 1, 8)).save_pretrained(tmp_path)
+    if "NAN" in flags or "HUGE" in flags:
+        model = GPT.from_pretrained(saved)
+        model.transformer.ln_f.weight.data[3] = float("nan") if "NAN" in flags else 1e30
+        model.save_pretrained(tmp_path / flags[1])
+        message = message.replace(flags[1], str(tmp_path / flags[1]))
+        flags = ["-m", tmp_path / flags[1], "--dtype", "float16", "--limit", 2]
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
     flags = [dict(MODEL=saved, FEW=tmp_path).get(flag, flag) for flag in flags]
     if "--data" not in flags:
         flags += ["--data", RECORDS]
     status = run_script(hellaswag.main, [*map(str, flags)])
     out, err = capsys.readouterr()
     assert status == 2 and not out
-    assert err.startswith("hellaswag.py: error: ") and err.count("\n") == 1 and message in err
+    lines = [line for line in err.splitlines() if line and "row" not in line]  # of a progress bar
+    assert len(lines) == 1 and lines[0].startswith("hellaswag.py: error: ") and message in lines[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("flag", ["--json", "--save_predictions"])
+def test_full_disk_is_one_line(saved, tmp_path, capsys, flag):
+    (tmp_path / "full").symlink_to("/dev/full")
+    flags = "-m", saved, "--data", RECORDS, "--limit", 2, flag, tmp_path / "full"
+    assert run_script(hellaswag.main, [*map(str, flags)]) == 4
+    line = f"hellaswag.py: error: {tmp_path}/full: cannot be written (No space left on device)"
+    assert capsys.readouterr().err.splitlines()[-1] == line
+    assert [p.name for p in tmp_path.iterdir()] == ["full"]
 
 
 class Server:

@@ -95,6 +95,113 @@ def test_without_matplotlib_a_run_says_so_and_ends_well(tmp_path, text, monkeypa
     assert f"no {tmp_path}/log/curves.png: " in capsys.readouterr().out
 
 
+# What a crash or a hostile file may leave
+
+
+@pytest.mark.parametrize(
+    "name, torn", [("steps.csv", "4,50"), ("log.txt", "4 tra"), ("steps.csv", "\0\0\0"), ("log.txt", "4 val 1")]
+)
+def test_torn_last_line_is_skipped(tmp_path, name, torn):
+    directory = write_run(tmp_path / "a")
+    whole = plot.Run.read(directory)
+    with open(directory / name, "a") as f:
+        f.write(torn)
+    assert plot.Run.read(directory) == whole
+
+
+def test_hole_is_compared_as_far_as_there_are_points(tmp_path, capsys):
+    log = shutil.copytree(SEEDS[0], tmp_path / "log")
+    lines = (log / "steps.csv").read_text().splitlines(keepends=True)
+    (log / "steps.csv").write_text("".join(lines[:38] + lines[42:]))  # steps 37 to 40, of two means
+    assert run_script(plot.main, ["--check", str(log)]) == 0
+    n = (len(lines) - 1) // 10
+    assert f"training loss: {n - 2} of {n - 2} points within the bands" in capsys.readouterr().out
+
+
+def edit_run(**changes):
+    """Return a function that writes a run whose run.json has these changes, None leaving a key out."""
+
+    def make(directory):
+        config = json.loads((write_run(directory) / "run.json").read_text())["config"] | changes
+        config = {key: value for key, value in config.items() if value is not None}
+        (directory / "run.json").write_text(json.dumps(dict(config=config)))
+
+    return make
+
+
+def edit_log(name, content):
+    """Return a function that writes a run in which this file has this content."""
+    return lambda directory: (write_run(directory) / name).write_bytes(content)
+
+
+HEADER = b"step,tokens,loss,lr,norm,seconds\n"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        edit_run(data=None),
+        edit_run(data=5),
+        edit_run(total_batch_size="many"),
+        edit_run(total_batch_size=None),
+        edit_log("run.json", b"[]"),
+        edit_log("run.json", b"null"),
+        edit_log("run.json", b"\xff"),
+        edit_log("run.json", b"[" * 100000),
+        edit_log("steps.csv", b""),
+        edit_log("steps.csv", b"a,b\n1,2\n"),
+        edit_log("steps.csv", b"step,tokens,loss\n0,1000,9\n"),
+        edit_log("steps.csv", HEADER + b"0,1000,9,0.1,2.5\n"),
+        edit_log("steps.csv", HEADER + b"0,1000,nine,0.1,2.5,30\n"),
+        edit_log("steps.csv", HEADER + b"nan,1000,9,0.1,2.5,30\n"),
+        edit_log("steps.csv", HEADER + b"0,inf,9,0.1,2.5,30\n"),
+        edit_log("steps.csv", b"\xff\n"),
+        edit_log("log.txt", b"0 val\n"),
+        edit_log("log.txt", b"zero val 5\n"),
+        edit_log("log.txt", b"0 val five\n"),
+    ],
+)
+@pytest.mark.parametrize("flags", [(), ("--check",)])
+def test_bad_log_is_one_line(tmp_path, capsys, make, flags):
+    make(tmp_path / "log")
+    assert run_script(plot.main, [*flags, str(tmp_path / "log")]) == 2
+    error = capsys.readouterr().err
+    assert error == f"plot.py: error: {tmp_path}/log: holds no steps of a run that could be drawn\n"
+    assert not (tmp_path / "log/curves.png").exists()
+
+
+@pytest.mark.parametrize("loss", ["nan", "inf", "-inf", "1e30", "0"])
+def test_loss_of_any_size_is_drawn(tmp_path, loss):
+    log = write_run(tmp_path / "log")
+    (log / "steps.csv").write_bytes(
+        HEADER + b"".join(b"%d,1000,%s,0,%s,0\n" % (i, loss.encode(), loss.encode()) for i in range(3))
+    )
+    assert run_script(plot.main, [str(log)]) == 0 and (log / "curves.png").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, message, status",
+    [
+        ("log --out nowhere/x.png", "--out: cannot write nowhere/x.png: No such file or directory", 2),
+        ("log --out log", "--out: cannot write log: it is a directory", 2),
+        ("log --out x.pdf", "--out x.pdf: the picture is a PNG", 2),
+        ("log --out full.png", "full.png: cannot be written (No space left on device)", 4),
+        (f"log --out {'x' * 300}.png", "--out: cannot write xxx", 2),
+        ("log/run.json", "log/run.json: holds no run: run.json cannot be read (Not a directory)", 2),
+        ("log nowhere", "nowhere: holds no run", 2),
+        ("log --chek", "unrecognized arguments: --chek", 2),
+    ],
+)
+def test_bad_flags_are_one_line(tmp_path, monkeypatch, capsys, flags, message, status):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "log")
+    (tmp_path / "full.png").symlink_to("/dev/full")
+    assert run_script(plot.main, flags.split()) == status
+    out, err = capsys.readouterr()
+    assert err.startswith(f"plot.py: error: {message}") and err.count("\n") == 1 and not out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full.png", "log"]
+
+
 # Is my loss normal?
 
 SEEDS = sorted(plot.REFERENCE.glob("*/seed-*"))

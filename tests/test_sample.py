@@ -104,6 +104,16 @@ def test_a_session_at_a_terminal(saved):
     assert len(answer.strip()) > 3 and b"Traceback" not in said
 
 
+@pytest.mark.parametrize("temperature", ["1e-46", "1e-300", "1e-40", "1e-9"])
+def test_tiny_temperature_takes_the_most_likely_token(saved, capsys, temperature):
+    flags = "--model", str(saved), "--prompt", "x", "--device", "cpu", "--max_new_tokens", "20", "--temperature"
+    texts = []
+    for value in "0", temperature:
+        assert run_script(sample.main, [*flags, value]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -122,6 +132,20 @@ def test_a_session_at_a_terminal(saved):
         ("--prompt_file nowhere.txt", "--prompt_file nowhere.txt: No such file or directory"),
         ("--prompt_file latin1.txt", "--prompt_file latin1.txt: the prompt is not utf-8 text (byte 1)"),
         ("--prompt x --device gpu", "--device: PyTorch finds no device gpu here; try --device cpu"),
+        ("--prompt x --temperature=-1e-9", "--temperature: must be from 0 to 100, found -1e-9"),
+        ("--prompt x --temperature warm", "--temperature: invalid float value: 'warm'"),
+        ("--prompt x --max_new_tokens 0", "--max_new_tokens: must be from 1 to 1e+06, found 0"),
+        ("--prompt x --top_k 50258", "--top_k: must be from 0 to 50257, found 50258"),
+        ("--prompt x --top_k -1", "--top_k: must be from 0 to 50257, found -1"),
+        ("--prompt x --top_p nan", "--top_p: must be from 1e-06 to 1, found nan"),
+        ("--prompt x --seed -1", "--seed: must be from 0 to 1e+18, found -1"),
+        ("--prompt x --device meta", "--device: PyTorch finds no device meta here"),
+        (
+            "--prompt x --model nan",
+            "--model nan: no GPT-2 there, or out of reach: nan: h.0.ln_1.weight: holds values that are not finite",
+        ),
+        ("--prompt_file .", "--prompt_file .: Is a directory"),
+        ("--prompt", "--prompt: expected one argument"),
         ("--prompt x --tempreature 1", "unrecognized arguments: --tempreature 1; see --help"),
     ],
 )
@@ -133,6 +157,9 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys, flags, message):
     (tmp_path / "garbage").mkdir()
     (tmp_path / "garbage/config.json").write_text(json.dumps(GPTConfig().to_hf()))
     (tmp_path / "garbage/pytorch_model.bin").write_bytes(b"garbage")
+    model = perturbed(GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=8))
+    model.transformer.h[0].ln_1.weight.data[0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
     status = run_script(sample.main, flags.split())
     out, err = capsys.readouterr()
     assert status == 2 and not out
