@@ -81,7 +81,7 @@ def small(monkeypatch):
         (bench, "SHAPES"),
         (bench, "SHARD_SIZE"),
         (bench, "GPT2"),
-        (train_gpt2, "keep_pages"),
+        (train_gpt2, "tune_malloc"),
         (fineweb, "find_spec"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))

@@ -15,7 +15,6 @@ from filelock import FileLock
 
 import hellaswag
 import model
-import tokens
 import train_gpt2
 from conftest import BOOKS_TEXT, SMALL, run_ranks
 from recipe import PRESETS, TrainConfig
@@ -422,6 +421,3 @@ def test_help_explains_every_option_and_preset(capsys):
         assert f"  --{f.name}" in out and "".join(f.metadata["help"].split()) in words
     for preset in PRESETS:
         assert f"\n  {preset}" in out
-
-
-def test_vocabulary_of_tokens_and_model_is_the_same():

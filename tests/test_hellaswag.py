@@ -73,7 +73,7 @@ def test_equals_a_plain_implementation_for_every_batch_size(saved, records, rend
         scores, cut = hellaswag.score(model, examples, batch_tokens)
         # Sums of up to 60 log-probabilities of about -11: float32 keeps four digits behind the point.
         torch.testing.assert_close(scores, expected, atol=1e-3, rtol=0)
-        result = hellaswag.judge(scores, examples)
+        result = hellaswag.compute_accuracy(scores, examples)
         choices = list(zip(expected.argmax(1).tolist(), (expected / lengths).argmax(1).tolist(), strict=True))
         assert result.predictions == choices and cut == 0
         assert result.acc == (expected.argmax(1) == labels).sum()
@@ -105,7 +105,7 @@ def test_ranks_share_the_work_and_add_up(saved):
 def test_near_ties_are_counted():
     example = hellaswag.Example([1], [[2]] * 4, [1, 1, 1, 1], 0, 1)
     scores = torch.tensor([[-1.0, -1.000001, -2, -3], [-1, -1.1, -2, -3], [-3, -3, -3, -1]])
-    assert hellaswag.judge(scores, [example] * 3).near_ties == 1
+    assert hellaswag.compute_accuracy(scores, [example] * 3).near_ties == 1
 
 
 RECORD = json.loads(RECORDS.read_text().splitlines()[0])
@@ -330,7 +330,7 @@ def test_lm_eval_counts_the_same(saved, tmp_path):
     pytest.importorskip("lm_eval")
     model = GPT.from_pretrained(saved).eval()
     examples = hellaswag.read_examples(RECORDS, hellaswag.render_lm_eval)
-    result = hellaswag.judge(hellaswag.score(model, examples, 2000)[0], examples)
+    result = hellaswag.compute_accuracy(hellaswag.score(model, examples, 2000)[0], examples)
     assert lm_eval_counts(saved, RECORDS, 100, tmp_path) == dict(acc=result.acc, acc_norm=result.acc_norm)
 
 
@@ -366,7 +366,7 @@ def test_a_thousand_records(tmp_path, which):
     for name, render in hellaswag.RENDERINGS.items():
         examples = hellaswag.read_examples(WHOLE, render, limit=1000)
         scores, _ = hellaswag.score(model, examples, 4096)
-        result = hellaswag.judge(scores, examples)
+        result = hellaswag.compute_accuracy(scores, examples)
         expected, lengths = plain_scores(directory, records, name, block_size)
         plain = zip(expected.argmax(1).tolist(), (expected / lengths).argmax(1).tolist(), strict=True)
         differ = sum(a != b for a, b in zip(result.predictions, plain, strict=True))

@@ -31,7 +31,7 @@ def saved(tmp_path_factory):
 def test_pieces_make_up_the_text_before_the_stop(text, stop):
     """Whatever the tokens, no character comes in halves; a stop string is found wherever tokens end."""
     tokens = [token for character in text for token in gpt2_encoding().encode_ordinary(character)]
-    came = [*sample.pieces(iter([*tokens, END_OF_TEXT, 11]), stop)]
+    came = [*sample.stream_text(iter([*tokens, END_OF_TEXT, 11]), stop)]
     assert "".join(came) == (text.split(stop)[0] if stop else text)
     assert "\ufffd" in text or not any("\ufffd" in piece for piece in came)
 
@@ -40,8 +40,13 @@ def test_text_comes_as_soon_as_it_is_decided():
     encoding = gpt2_encoding()
     flag = [*map(encoding.encode_single_token, [b"\xf0\x9f", b"\x98", b"\x80"])]
     assert encoding.decode(flag) == "😀"
-    assert [*sample.pieces(iter([464, *flag, 1770, 13, 383]), "Mr.")] == ["The", "", "", "😀", " ", ""]
-    assert [*sample.pieces(iter([464, *flag[:2]]), None)] == ["The", "", "", "\ufffd"]  # the last token was half of one
+    assert [*sample.stream_text(iter([464, *flag, 1770, 13, 383]), "Mr.")] == ["The", "", "", "😀", " ", ""]
+    assert [*sample.stream_text(iter([464, *flag[:2]]), None)] == [
+        "The",
+        "",
+        "",
+        "\ufffd",
+    ]  # the last token was half of one
 
 
 def test_greedy_text_is_that_of_transformers(saved):

@@ -526,8 +526,8 @@ def test_first_command_runs_as_printed(clone):
     assert lines[3] == "run      550 steps of 2,048 tokens, 102.70 epochs; log and checkpoints in log/"
     assert lines[4].startswith("compute  1 × cpu, ") and " × 16 sequences a step, " in lines[4]
     assert lines[5:8] == [
-        "--preset tiny is the default for cpu",
-        "--data input.txt is the default, as there are no shards in edu_fineweb10B/",
+        "preset   tiny (default for cpu)",
+        "input.txt (text, as there are no shards in edu_fineweb10B/): 301,966 training tokens",
         "GPT-2 124M in full: python fineweb.py && torchrun --standalone --nproc_per_node=8 train_gpt2.py --preset gpt2",
     ]
     assert checkpoint.newest(clone / "log")[1]["step"] == len(read_log(clone / "log"))
