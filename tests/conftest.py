@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 
+from launcher import Launcher  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 # A job that a shell has put into the background ignores Ctrl-C, and so would all that it starts.
@@ -138,3 +139,11 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text(BOOKS_TEXT.read_text()[:40000])
     return path
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """`Launcher.launch` of one launcher for all tests."""
+    launcher = Launcher(ENVIRONMENT)
+    yield launcher.launch
+    launcher.close()
