@@ -83,9 +83,9 @@ def weights(log_dir: Path) -> bytes:
     return (max(log_dir.glob("step_*")) / "model.safetensors").read_bytes()
 
 
-def start(*flags, ranks: int = 1, **env: str) -> subprocess.Popen:
+def start(*flags, ranks: int = 1, script: str | Path = "train_gpt2.py", **env: str) -> subprocess.Popen:
     """Start a run, both of whose outputs are to be read from its stdout."""
-    line = command("train_gpt2.py", *flags, ranks=ranks)
+    line = command(script, *flags, ranks=ranks)
     return subprocess.Popen(line, env=ENVIRONMENT | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -120,6 +120,19 @@ def with_fault(directory: Path, fault: str) -> Path:
     script = directory / "faulty.py"
     script.write_text(FAULTY.format(root=str(ROOT), fault=indent(fault, "    ")))
     return script
+
+
+def compiling_above(flops: float) -> str:
+    """Code that is train_gpt2.py but for --compile auto, which compiles runs of more floating-point operations."""
+    return f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_gpt2
+from errors import run_script
+pays = next(vars(m)["COMPILE_PAYS"] for m in [*sys.modules.values()] if "COMPILE_PAYS" in getattr(m, "__dict__", {{}}))
+pays["cpu"] = {flops}
+sys.exit(run_script(train_gpt2.main))
+"""
 
 
 def perturbed(config: GPTConfig, seed: int = 0, std: float = 0.05) -> GPT:
