@@ -1,9 +1,6 @@
 """A resumed run is the run that was not interrupted, and what a checkpoint promises is there."""
 
-from errors import run_script
-
 import csv
-import hashlib
 import json
 import os
 import shutil
@@ -11,56 +8,21 @@ import signal
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import train_gpt2
-from conftest import compiling_above, read_log, weights
-
-# 1 layer, 8 wide, 16 tokens, 2 sequences a step, in float32 and eager: a run takes a second.
-TINY = (
-    "--n_layer 1 --n_head 2 --n_embd 8 --seq_len 16 --total_batch_size 32 --max_steps 8 --max_lr 1e-3 --data data "
-    "--dtype float32 --compile off --device cpu --eval_every 4 --eval_tokens 64 --sample_every 0 --save_every 4 "
-    "--dist_timeout 8"
-).split()
-
-
-def write_shards(directory: Path, names: tuple = ("x_train_000001.npy", "x_train_000002.npy", "x_val_000000.npy")):
-    directory.mkdir(parents=True)
-    for i, name in enumerate(names):
-        np.save(directory / name, np.random.default_rng(i).integers(0, 5000, 1000).astype(np.uint16))
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, launch) -> Path:
-    """A directory with shards in data/ and a run to its end in log/, with checkpoints of steps 4 and 8."""
-    directory = tmp_path_factory.mktemp("finished")
-    write_shards(directory / "data")
-    launch(*TINY, cwd=directory)
-    return directory
-
-
-@pytest.fixture
-def here(tmp_path, finished, monkeypatch) -> Path:
-    """A copy of that, which is the working directory."""
-    here = tmp_path / "here"
-    shutil.copytree(finished, here)
-    monkeypatch.chdir(here)
-    for name in "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE":
-        monkeypatch.delenv(name, raising=False)
-    return here
-
-
-def train(*flags, status: int = 0) -> None:
-    assert run_script(train_gpt2.main, [*map(str, flags)]) == status
-
-
-def tree(directory: Path) -> dict[str, bytes]:
-    """The files below a directory; a lock is none of a run's."""
-    paths = (p for p in directory.rglob("*") if p.is_file() and p.name != ".lock")
-    return {str(p.relative_to(directory)): p.read_bytes() for p in paths}
+from conftest import (
+    TINY,
+    assert_one_line,
+    compiling_above,
+    read_log,
+    rewrite_record,
+    train,
+    tree,
+    weights,
+    write_shards,
+)
 
 
 def assert_same_run(log: Path, whole: Path) -> None:
@@ -198,10 +160,6 @@ def break_weights_in_step(monkeypatch, last: int, then=lambda: None) -> None:
 def finite_checkpoints(log: Path) -> dict[str, bool]:
     files = sorted(log.glob("step_*/model.safetensors"))
     return {path.parent.name: all(t.isfinite().all() for t in load_file(path).values()) for path in files}
-
-
-def assert_one_line(err: str) -> None:
-    assert err.startswith("train_gpt2.py: error: ") and err.count("\n") == 1
 
 
 def test_blow_up_in_the_only_step_exits_3(here, capsys):
@@ -347,19 +305,6 @@ def test_taken_old_names_do_not_block_resuming(here, finished, names):
 
 
 # A checkpoint that was copied from another run
-
-
-def rewrite_record(directory: Path, change) -> None:
-    """Change a checkpoint's record, by somebody who knows how to make its hash right."""
-    path = directory / "checkpoint.json"
-    record = json.loads(path.read_text())
-    del record["sha256"]
-    record = change(record) or record
-
-    def canonical(record: dict) -> bytes:
-        return (json.dumps(record, sort_keys=True, indent=1) + "\n").encode()
-
-    path.write_bytes(canonical(record | dict(sha256=hashlib.sha256(canonical(record)).hexdigest())))
 
 
 def test_copied_checkpoint_leaves_its_run_alone(tmp_path, here, capsys, monkeypatch):
