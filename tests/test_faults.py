@@ -25,6 +25,7 @@ from conftest import (
     ROOT,
     assert_close,
     command,
+    compiling_above,
     losses,
     read_log,
     run,
@@ -140,17 +141,20 @@ def test_killed_at_random_moments(tmp_path, text, undisturbed, kills, steps):
 
 @pytest.mark.slow
 def test_killed_at_the_default_settings(tmp_path, text):
-    """In bfloat16, compiled, on two threads: still bit for bit, on a CPU."""
-    flags = *RUN, "--data", text, "--dtype", "bfloat16", "--compile", "on", "--total_batch_size", 512, "--resume"
+    """In bfloat16, compiled as --compile auto decides for more than 40 of the 60 steps, on two threads: bitwise."""
+    script = tmp_path / "compiling.py"
+    script.write_text(compiling_above(40 * 512 * 6 * 50304 * 64))
+    flags = *RUN, "--data", text, "--dtype", "bfloat16", "--compile", "auto", "--total_batch_size", 512, "--resume"
     env = dict(OMP_NUM_THREADS="2")
-    run("train_gpt2.py", *flags, "--log_dir", tmp_path / "whole", env=env)
+    whole = run(script, *flags, "--log_dir", tmp_path / "whole", env=env)
     log = tmp_path / "log"
     for step in 8, 29:
-        process = start(*flags, "--log_dir", log, **env)
+        process = start(*flags, "--log_dir", log, script=script, **env)
         wait_for_step(log, step, process)
         process.kill()
         process.communicate()
-    assert "resumed" in run("train_gpt2.py", *flags, "--log_dir", log, env=env).stdout
+    done = run(script, *flags, "--log_dir", log, env=env)
+    assert "resumed" in done.stdout and "not compiled" not in whole.stdout + done.stdout
     assert read_log(log) == read_log(tmp_path / "whole") and weights(log) == weights(tmp_path / "whole")
 
 
