@@ -3,9 +3,7 @@
 from errors import run_script
 
 import contextlib
-import hashlib
 import io
-import json
 import os
 import shutil
 import signal
@@ -15,7 +13,6 @@ import time
 from pathlib import Path
 from textwrap import indent
 
-import numpy as np
 import pytest
 
 # Before torch is imported: bits are compared, and pytest-xdist has every core.
@@ -23,9 +20,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 
-import train_gpt2  # noqa: E402
 from launcher import Launcher  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+from runs import TINY, write_shards  # noqa: E402
 
 # A job that a shell has put into the background ignores Ctrl-C, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -47,14 +44,6 @@ SMALL = (
     "--n_layer 2 --n_head 2 --n_embd 32 --seq_len 32 --total_batch_size 256 --max_steps 8 --max_lr 1e-3 "
     "--dtype float32 --compile off --device cpu --eval_every 4 --eval_tokens 256 --sample_every 0 --save_every 4 "
     "--dist_timeout 60"
-).split()
-
-
-# 1 layer, 8 wide, 16 tokens, 2 sequences a step, in float32 and eager: a run takes a second.
-TINY = (
-    "--n_layer 1 --n_head 2 --n_embd 8 --seq_len 16 --total_batch_size 32 --max_steps 8 --max_lr 1e-3 --data data "
-    "--dtype float32 --compile off --device cpu --eval_every 4 --eval_tokens 64 --sample_every 0 --save_every 4 "
-    "--dist_timeout 8"
 ).split()
 
 
@@ -126,40 +115,6 @@ def wait_for_step(log_dir: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def train(*flags, status: int = 0) -> None:
-    """Run train_gpt2.py to its end in this process and check its exit status."""
-    assert run_script(train_gpt2.main, [*map(str, flags)]) == status
-
-
-def tree(directory: Path) -> dict[str, bytes]:
-    """The files below a directory; a lock is none of a run's."""
-    paths = (p for p in directory.rglob("*") if p.is_file() and p.name != ".lock")
-    return {str(p.relative_to(directory)): p.read_bytes() for p in paths}
-
-
-def assert_one_line(err: str) -> None:
-    assert err.startswith("train_gpt2.py: error: ") and err.count("\n") == 1
-
-
-def write_shards(directory: Path, names: tuple = ("x_train_000001.npy", "x_train_000002.npy", "x_val_000000.npy")):
-    directory.mkdir(parents=True)
-    for i, name in enumerate(names):
-        np.save(directory / name, np.random.default_rng(i).integers(0, 5000, 1000).astype(np.uint16))
-
-
-def rewrite_record(directory: Path, change) -> None:
-    """Change a checkpoint's record, by somebody who knows how to make its hash right."""
-    path = directory / "checkpoint.json"
-    record = json.loads(path.read_text())
-    del record["sha256"]
-    record = change(record) or record
-
-    def canonical(record: dict) -> bytes:
-        return (json.dumps(record, sort_keys=True, indent=1) + "\n").encode()
-
-    path.write_bytes(canonical(record | dict(sha256=hashlib.sha256(canonical(record)).hexdigest())))
-
-
 FAULTY = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
@@ -201,19 +156,6 @@ def with_fault(directory: Path, fault: str) -> Path:
 def at_step(step: int, code: str, rank: int = 0, micro_step: int = 0) -> str:
     """Return a fault: code that runs in one forward pass of one rank."""
     return f"if (rank, step, micro_step) == ({rank}, {step}, {micro_step}):\n" + indent(code, "    ")
-
-
-def compiling_above(flops: float) -> str:
-    """Code that is train_gpt2.py but for --compile auto, which compiles runs of more floating-point operations."""
-    return f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import train_gpt2
-from errors import run_script
-pays = next(vars(m)["COMPILE_PAYS"] for m in [*sys.modules.values()] if "COMPILE_PAYS" in getattr(m, "__dict__", {{}}))
-pays["cpu"] = {flops}
-sys.exit(run_script(train_gpt2.main))
-"""
 
 
 def perturbed(config: GPTConfig, seed: int = 0, std: float = 0.05) -> GPT:

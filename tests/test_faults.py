@@ -25,7 +25,6 @@ from conftest import (
     ROOT,
     assert_close,
     command,
-    compiling_above,
     losses,
     read_log,
     run,
@@ -35,6 +34,7 @@ from conftest import (
     with_fault,
 )
 from model import GPT, GPTConfig
+from runs import compiling_above
 from runtime import checkpoint
 
 # 2 layers, 64 wide, 32 tokens, 2 rows a step, 60 steps, a save every 5; dropout, so that random numbers count, too.

@@ -12,17 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import (
-    TINY,
-    assert_one_line,
-    compiling_above,
-    read_log,
-    rewrite_record,
-    train,
-    tree,
-    weights,
-    write_shards,
-)
+from conftest import read_log, weights
+from runs import ASKED, TINY, assert_one_line, compiling_above, rewrite_record, train, tree, write_shards
 
 
 def assert_same_run(log: Path, whole: Path) -> None:
@@ -96,9 +87,9 @@ if rank == 0:
 
 
 def test_slow_last_checkpoint_is_not_lost(here, launch):
-    """Writing its nine files and directories takes longer than a rank waits for another."""
+    """Flushing its nine files and directories takes longer than a rank waits for another."""
     shutil.rmtree("log")
-    launch(*TINY, "--save_every", 0, "--max_steps", 1, "--dist_timeout", 4, ranks=2, fault=SLOW_DISK)
+    launch(*TINY, "--save_every", 0, "--max_steps", 1, "--dist_timeout", 6, ranks=2, fault=SLOW_DISK)
     assert sorted(p.name for p in here.glob("log/*step_*")) == ["step_000001"]
     train("--resume", "log/step_000001", "--dry_run")  # it verifies
 
@@ -107,12 +98,12 @@ SLOW_HASHING = """
 import hashlib, time
 file_digest = hashlib.file_digest
 if rank == 0:
-    hashlib.file_digest = lambda *args: (time.sleep(2), file_digest(*args))[1]
+    hashlib.file_digest = lambda *args: (time.sleep(1.2), file_digest(*args))[1]
 """
 
 
 def test_slow_start_of_the_main_rank_is_waited_for(here, launch):
-    done = launch("--resume", "--dist_timeout", 4, ranks=2, fault=SLOW_HASHING)
+    done = launch("--resume", "--dist_timeout", 6, ranks=2, fault=SLOW_HASHING)
     assert "at step 8" in done.stdout
 
 
@@ -222,19 +213,16 @@ def zero_from_step_2(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["log.txt", "steps.csv"])
-@pytest.mark.parametrize("damage", [drop_step_1, tear_step_2, zero_from_step_2, None])
+@pytest.mark.parametrize("damage", [drop_step_1, tear_step_2, zero_from_step_2])
 def test_resume_restores_a_log_that_lost_lines(here, finished, capsys, name, damage):
     """From the copy in the checkpoint; what was damaged is told."""
     shutil.rmtree("log/step_000008")
     path = Path("log", name)
-    if damage is None:
-        path.unlink()
-    else:
-        path.write_bytes(damage(path.read_bytes()))
+    path.write_bytes(damage(path.read_bytes()))
     train("--resume")
     out, _ = capsys.readouterr()
     lines = [line for line in out.splitlines() if name in line]
-    assert lines == [f"log/{name}: had lost lines, which are restored from log/step_000004"] * (damage is not None)
+    assert lines == [f"log/{name}: had lost lines, which are restored from log/step_000004"]
     assert_same_run(here / "log", finished / "log")
 
 
@@ -309,7 +297,8 @@ def test_copied_checkpoint_leaves_its_run_alone(tmp_path, here, capsys, monkeypa
     for directory in original.glob("step_*"):
 
         def change(record):
-            record["config"] |= dict(log_dir=str(original), wandb="a project")
+            for part in ASKED & record.keys():
+                record[part] |= dict(log_dir=str(original), wandb="a project")
 
         rewrite_record(directory, change)
     shutil.copytree(original / "step_000004", "copied")

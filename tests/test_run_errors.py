@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train_gpt2
-from conftest import TINY, assert_one_line, rewrite_record, train, tree
+from runs import ASKED, TINY, assert_one_line, rewrite_record, train, tree
 
 
 @contextmanager
@@ -351,16 +351,16 @@ def test_model_of_nan_exits_3_and_is_not_saved(here, capsys):
 # Checkpoints, by somebody who knows how to make their hash right
 
 
-def drop(name: str):
-    return lambda record: record.pop(name) and None
+def drop(*names: str):
+    return lambda record: {name: value for name, value in record.items() if name not in names}
 
 
 def put_in(name: str, value: object):
     return lambda record: record | {name: value}
 
 
-def put_in_requested(name: str, value: object):
-    return lambda record: record | {part: record[part] | {name: value} for part in ("requested", "config")}
+def ask(name: str, value: object):
+    return lambda record: record | {part: record[part] | {name: value} for part in ASKED & record.keys()}
 
 
 def list_outside(name: str):
@@ -371,7 +371,8 @@ def list_outside(name: str):
 
 
 FORGED = {
-    **{f"no {name}": drop(name) for name in ("files", "step", "requested", "config", "data", "ranks")},
+    **{f"no {name}": drop(name) for name in ("files", "step", "config", "data", "ranks")},
+    "no options": drop(*ASKED),
     "no file listed": put_in("files", {}),
     "list of files": put_in("files", []),
     "file without hash": put_in("files", {"model.safetensors": 5}),
@@ -384,15 +385,15 @@ FORGED = {
     "step after the last": put_in("step", 100),
     "ranks of text": put_in("ranks", "one"),
     "data of a number": put_in("data", 5),
-    "nothing requested": put_in("requested", None),
+    "nothing as config": put_in("config", None),
     "list as config": put_in("config", []),
-    "n_layer of text": put_in_requested("n_layer", "one"),
-    "n_layer out of bounds": put_in_requested("n_layer", 2**40),
-    "max_lr of a list": put_in_requested("max_lr", [1]),
-    "unknown preset": put_in_requested("preset", "nano"),
-    "path of a number": put_in_requested("data", 5),
-    "micro-batch of text": put_in_requested("micro_batch_size", "x"),
-    "unknown dtype": put_in_requested("dtype", "int3"),
+    "n_layer of text": ask("n_layer", "one"),
+    "n_layer out of bounds": ask("n_layer", 2**40),
+    "max_lr of a list": ask("max_lr", [1]),
+    "unknown preset": ask("preset", "nano"),
+    "path of a number": ask("data", 5),
+    "micro-batch of text": ask("micro_batch_size", "x"),
+    "unknown dtype": ask("dtype", "int3"),
     "record in a list": lambda record: [record],
 }
 
