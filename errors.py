@@ -11,10 +11,10 @@ class UserError(Exception):
     Exit status: 2 for usage or data, 3 for a loss that is not finite, 4 for disk or network.
     """
 
-    def __init__(self, message: str, status: int = 2):
+    def __init__(self, message: str, status: int = 2, agreed: bool = False):
         super().__init__(message, status)  # both, so that pickle can send it to other ranks
         self.status = status
-        self.agreed = False  # whether every rank of a run raises it
+        self.agreed = agreed  # whether every rank of a run raises it
 
     def __str__(self) -> str:
         return self.args[0]

@@ -138,7 +138,7 @@ class Trainer:
         finite = math.isfinite(grad_norm) or (self.scaler.is_enabled() and self.scaler.get_scale() >= 1)
         if not (math.isfinite(loss) and finite):
             values = f"loss {loss:g}, gradient norm {grad_norm:g}"
-            raise UserError(f"step {self.step}: {values}; stopped before any weight changed", 3)
+            raise UserError(f"step {self.step}: {values}; stopped before any weight changed", 3, agreed=True)
         lr = learning_rate(self.step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -206,7 +206,7 @@ class Trainer:
         loss = self.evaluate(one_batch) if val_loss is None else val_loss
         if not math.isfinite(loss):
             message = f"the validation loss is {loss:g} after step {self.step - 1}; no checkpoint is written"
-            raise UserError(f"step {self.step}: {message}; try a lower --max_lr", 3)
+            raise UserError(f"step {self.step}: {message}; try a lower --max_lr", 3, agreed=True)
         record = dict(step=self.step, validation_loss=val_loss, evaluated=evaluated, ranks=self.dist.size)
         record |= dict(config=asdict(self.config), flags=self.plan.machine_flags, data=self.plan.data)
         self.dist.from_main(lambda: self.start_checkpoint(record))
@@ -343,7 +343,8 @@ class Trainer:
                 break
             elif B == 1:
                 raise UserError(
-                    f"out of memory with one sequence of {config.seq_len} tokens: try a smaller --preset or --seq_len"
+                    f"out of memory with one sequence of {config.seq_len} tokens: try a smaller --preset or --seq_len",
+                    agreed=True,
                 )
             else:
                 B = divisor_up_to(B // 2, config.total_batch_size // (config.seq_len * dist.size))

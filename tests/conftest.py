@@ -3,6 +3,7 @@
 from errors import run_script
 
 import contextlib
+import csv
 import io
 import os
 import shutil
@@ -20,9 +21,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 
+import train_gpt2  # noqa: E402
 from launcher import Launcher  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from runs import TINY, write_shards  # noqa: E402
+from runtime import checkpoint  # noqa: E402
 
 # A job that a shell has put into the background ignores Ctrl-C, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -44,6 +47,14 @@ SMALL = (
     "--n_layer 2 --n_head 2 --n_embd 32 --seq_len 32 --total_batch_size 256 --max_steps 8 --max_lr 1e-3 "
     "--dtype float32 --compile off --device cpu --eval_every 4 --eval_tokens 256 --sample_every 0 --save_every 4 "
     "--dist_timeout 60"
+).split()
+
+# 2 layers, 32 wide, 16 tokens, 2 sequences a step, in micro-batches that two ranks can have, too; 30 steps, a checkpoint
+# every 5; dropout, so that random numbers count, too.
+RUN = (
+    "--n_layer 2 --n_head 2 --n_embd 32 --seq_len 16 --total_batch_size 32 --micro_batch_size 1 --max_steps 30 "
+    "--max_lr 1e-3 --dropout 0.1 --dtype float32 --compile off --device cpu --eval_every 10 --eval_tokens 64 "
+    "--sample_every 0 --save_every 5 --dist_timeout 60"
 ).split()
 
 
@@ -77,6 +88,21 @@ def run_in_process(*flags, status: int = 0) -> subprocess.CompletedProcess:
 def run_ranks(script: str | Path, *flags, **kwargs) -> subprocess.CompletedProcess:
     """Run a script on two ranks without torchrun; the last line of stderr has their exit statuses."""
     return run("tests/scripts/two_ranks.py", ROOT / script, *flags, **kwargs)
+
+
+def resume(log: Path, text: Path, *flags, status: int = 0) -> subprocess.CompletedProcess:
+    """Resume the run of RUN in this process."""
+    return run_in_process(*RUN, "--data", text, "--log_dir", log, "--resume", *flags, status=status)
+
+
+def assert_same_run(log: Path, undisturbed: Path) -> None:
+    """Each loss and the last weights bit for bit, each step logged once, nothing left unfinished."""
+    for kind in "train", "val":
+        assert read_log(log, kind) == read_log(undisturbed, kind)
+    assert weights(log) == weights(undisturbed)
+    with open(log / "steps.csv") as f:
+        assert [int(row["step"]) for row in csv.DictReader(f)] == list(read_log(undisturbed))
+    assert not list(log.glob(".unfinished-*"))
 
 
 def read_log(log_dir: Path, name: str = "train") -> dict[int, str]:
@@ -122,13 +148,13 @@ from errors import run_script
 import torch, train_gpt2
 from model import GPT
 from runtime import checkpoint, runlog
-rank, step, micro_step, calls = int(os.environ.get("RANK", 0)), -1, 0, 0
+rank, step, micro_step, calls, trainer = int(os.environ.get("RANK", 0)), -1, 0, 0, None
 forward, train_step = GPT.forward, train_gpt2.Trainer.train_step
 
-def counted_train_step(trainer):
-    global step, micro_step
-    step, micro_step = trainer.step, -1
-    return train_step(trainer)
+def counted_train_step(self):
+    global step, micro_step, trainer
+    step, micro_step, trainer = self.step, -1, self
+    return train_step(self)
 
 def faulty(model, idx, targets=None):
     global calls, micro_step
@@ -146,7 +172,8 @@ sys.exit(run_script(train_gpt2.main))
 def with_fault(directory: Path, fault: str) -> Path:
     """Write a script that is train_gpt2.py, but for code that runs after each forward pass.
 
-    The code has rank, loss, model, and step and micro_step of training; step is -1 in the probe, calls counts the passes.
+    The code has rank, trainer, loss, model, and step and micro_step of training; step is -1 in the probe, calls counts
+    the passes.
     """
     script = directory / "faulty.py"
     script.write_text(FAULTY.format(root=str(ROOT), fault=indent(fault, "    ")))
@@ -167,6 +194,11 @@ def perturbed(config: GPTConfig, seed: int = 0, std: float = 0.05) -> GPT:
             p += std * torch.randn_like(p)
         model.transformer.wte.weight[config.vocab_size :] = 0.0
     return model
+
+
+def record(step: int, **values) -> dict:
+    """Return the record of a checkpoint of no particular run."""
+    return dict(step=step, ranks=1, flags={}, config={}, data={}, evaluated=False, validation_loss=None) | values
 
 
 @pytest.fixture(scope="session")
@@ -203,3 +235,28 @@ def here(tmp_path, finished, monkeypatch) -> Path:
     for name in "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE":
         monkeypatch.delenv(name, raising=False)
     return here
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory, text) -> Path:
+    """The log directory of the run of RUN to its end. To read only."""
+    log = tmp_path_factory.mktemp("undisturbed")
+    run_in_process(*RUN, "--data", text, "--log_dir", log)
+    return log
+
+
+@pytest.fixture(scope="session")
+def stopped(tmp_path_factory, text) -> Path:
+    """The log directory of a run that a SIGTERM has stopped after step 11; beside it its output. To read only."""
+    directory = tmp_path_factory.mktemp("stopped")
+    script = with_fault(directory, at_step(11, "os.kill(os.getpid(), signal.SIGTERM)"))
+    done = run(script, *RUN, "--data", text, "--log_dir", directory / "log", status=143)
+    (directory / "output").write_text(done.stdout)
+    assert list(checkpoint.checkpoints(directory / "log")) == [10, 12]
+    return directory / "log"
+
+
+@pytest.fixture
+def log(tmp_path, stopped) -> Path:
+    """A copy of that."""
+    return Path(shutil.copytree(stopped, tmp_path / "log"))

@@ -1,0 +1,156 @@
+"""Checkpoints that are damaged, deleted, copied or forged: none is loaded, and the one before is found."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import tokens
+from conftest import assert_same_run, read_log, record, resume, run_in_process, weights
+from model import GPT, GPTConfig
+from runtime import checkpoint
+
+
+def flip(path: Path, bit: int) -> None:
+    with open(path, "r+b") as f:
+        f.seek(bit // 8)
+        byte = f.read(1)[0]
+        f.seek(bit // 8)
+        f.write(bytes([byte ^ 1 << bit % 8]))
+
+
+def test_no_flipped_bit_and_no_truncation_is_loaded(tmp_path):
+    """300 bits and 20 lengths, in all files of the newest checkpoint in turn: the one before is found each time."""
+    rng = random.Random(0)
+    model, logs = GPT(GPTConfig(8, 512, 1, 1, 8)), dict.fromkeys(checkpoint.LOGS, b"a line\n")
+    for step in 5, 10:
+        saved = checkpoint.save(tmp_path, model, dict(optimizer=torch.zeros(1000)), logs, record(step))
+    files = sorted(saved.iterdir())
+    assert {"checkpoint.json", "model.safetensors", "trainer_state.pt", *logs} <= {path.name for path in files}
+    for i in range(320):
+        path = files[i % len(files)]
+        content = path.read_bytes()
+        if i < 300:
+            flip(path, rng.randrange(8 * len(content)))
+        else:
+            os.truncate(path, rng.randrange(len(content)))
+        directory, found, skipped = checkpoint.newest(tmp_path)
+        assert found["step"] == 5 and directory.name == "step_000005"
+        assert len(skipped) == 1 and str(path) in skipped[0]
+        with pytest.raises(checkpoint.CheckpointError):
+            checkpoint.verify(saved)
+        path.write_bytes(content)
+    assert checkpoint.newest(tmp_path)[1]["step"] == 10
+
+
+def test_damaged_checkpoint_is_skipped_and_renamed(log, text, undisturbed):
+    damaged, older = log / "step_000012", Path(shutil.copytree(log / "step_000010", log / "step_000005"))
+    flip(damaged / "model.safetensors", 8 * 100_000 + 3)
+    flip(older / "model.safetensors", 8 * 100_000 + 3)
+    refused = run_in_process("--device", "cpu", "--resume", damaged, status=2)
+    assert "step_000012/model.safetensors: does not match its SHA-256; --resume alone takes" in refused.stderr
+    done = resume(log, text, "--keep", 50)
+    assert f"skipped a checkpoint: {damaged}/model.safetensors: does not match its SHA-256" in done.stdout
+    assert f"{damaged} is renamed to old-step_000012" in done.stdout and (log / "old-step_000012").is_dir()
+    assert older.is_dir()
+    assert_same_run(log, undisturbed)
+
+
+def test_older_checkpoint_may_be_chosen(log, text, undisturbed):
+    """By another name of its directory, too; later checkpoints are renamed."""
+    resume(log, text, "--keep", 50)
+    (log.parent / "link").symlink_to(log)
+    again = resume(log, text, log.parent / "link/step_000020", "--keep", 50)
+    assert "step_000025 is renamed to old-step_000025" in again.stdout and "at step 20" in again.stdout
+    assert {"old-step_000025", "old-step_000030", "step_000025", "step_000030"} < {p.name for p in log.iterdir()}
+    assert_same_run(log, undisturbed)
+
+
+def test_resume_with_only_damaged_checkpoints_is_refused(log, text):
+    """A new run would archive them; nothing is touched."""
+    for directory in checkpoint.checkpoints(log).values():
+        (directory / "trainer_state.pt").write_bytes(b"")
+    before = sorted(log.rglob("*"))
+    error = resume(log, text, status=2).stderr
+    assert error.startswith(
+        f"train_gpt2.py: error: --resume: none of the 2 checkpoints in {log} verifies: {log}/step_00"
+    )
+    assert "trainer_state.pt: expected " in error and error.count("\n") == 1
+    assert sorted(log.rglob("*")) == before
+
+
+def test_deleted_and_copied_checkpoints_resume(tmp_path, log, text, undisturbed):
+    moved = Path(shutil.copytree(log / "step_000010", tmp_path / "elsewhere/copied"))
+    shutil.rmtree(log / "step_000012")
+    assert "at step 10" in resume(log, text).stdout
+    assert_same_run(log, undisturbed)
+    new = tmp_path / "new"
+    run_in_process("--resume", moved, "--device", "cpu", "--log_dir", new)  # the rest comes from the checkpoint
+    assert read_log(new) == read_log(undisturbed) and weights(new) == weights(undisturbed)
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path):
+    def make(step: int, loss: float | None) -> None:
+        directory = tmp_path / f"step_{step:06d}"
+        directory.mkdir()
+        (directory / "checkpoint.json").write_text(json.dumps(record(step, validation_loss=loss)))
+
+    for keep in 2, 3, 4:
+        for step in range(5, 45, 5):
+            make(step, None)  # never evaluated
+        assert checkpoint.prune(tmp_path, keep) == []
+        assert list(checkpoint.checkpoints(tmp_path)) == [*range(5, 45, 5)][-keep:]
+        make(5, 1.0)
+        make(10, 2.0)
+        assert checkpoint.prune(tmp_path, keep) == []
+        assert list(checkpoint.checkpoints(tmp_path)) == [5, *range(5, 45, 5)[-keep:]]
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+    make(5, 2.0)
+    make(10, 1.0)  # the newest is the best: one is enough
+    assert checkpoint.prune(tmp_path, 1) == []
+    assert list(checkpoint.checkpoints(tmp_path)) == [10]
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("rehashed", [False, True])
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps(Payload()), Payload(), {}, [1]])
+def test_forged_trainer_state_is_refused_and_never_runs(tmp_path, stopped, monkeypatch, content, rehashed):
+    """With the wrong hash, and by somebody who knew how to make a right one."""
+    monkeypatch.chdir(tmp_path)
+    directory = Path(shutil.copytree(stopped / "step_000012", tmp_path / "step_000012"))
+    path = directory / "trainer_state.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    if rehashed:
+        its_record = json.loads((directory / "checkpoint.json").read_text())
+        del its_record["sha256"]
+        its_record["files"][path.name] = dict(bytes=path.stat().st_size, sha256=tokens.sha256(path))
+        its_record["sha256"] = checkpoint.digest(its_record)
+        (directory / "checkpoint.json").write_bytes(checkpoint.canonical(its_record))
+    error = run_in_process("--resume", directory, "--device", "cpu", status=2).stderr
+    assert error.startswith("train_gpt2.py: error: ") and error.count("\n") == 1
+    assert ("cannot be loaded" if rehashed else "trainer_state.pt: ") in error
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_in_a_model_file_never_runs(tmp_path, stopped, text, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    directory = Path(shutil.copytree(stopped / "step_000012", tmp_path / "step_000012"))
+    (directory / "model.safetensors").unlink()
+    torch.save(Payload(), directory / "pytorch_model.bin")
+    error = run_in_process("--init_from", directory, "--data", text, "--device", "cpu", status=2).stderr
+    assert "step_000012: no GPT-2 there, or the hub does not answer: " in error
+    assert not (tmp_path / "ran").exists()
