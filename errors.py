@@ -44,7 +44,8 @@ def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None =
 def print_error(script: str, message: object, status: int) -> int:
     """Print the line, unless nobody reads stderr any more; return the status."""
     try:
-        print(f"{script}: error: {message}", file=sys.stderr, flush=True)
+        line = " ".join(str(message).splitlines())  # file names may contain line breaks
+        print(f"{script}: error: {line}", file=sys.stderr, flush=True)
     except OSError:
         silence(2)
     return status

@@ -3,14 +3,14 @@
     python fineweb.py                                      FineWeb-Edu sample-10BT, from the Hugging Face hub
     python fineweb.py --pretokenized 10                    its first 10 shards, tokenized by others: ready at once
     python fineweb.py --files 'books/*.parquet' --out_dir books    documents of your own
-    python fineweb.py --verify edu_fineweb10B              hash a directory against its manifest
+    python fineweb.py --verify edu_fineweb10B              compare a directory with its manifest
 
 Each document is <|endoftext|> and then its tokens; all of them, end to end, are cut into shards of exactly shard_size
 tokens, two bytes each (sample-10BT: 20 GB), the first shard for validation. Interrupted in any way, the same command
-goes on after the last whole shard.
+continues after the last complete shard.
 """
 
-from errors import UserError
+from errors import UserError, run_script
 
 import argparse
 import base64
@@ -22,14 +22,14 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -37,107 +37,161 @@ from tqdm import tqdm
 from tokens import (
     END_OF_TEXT,
     SHA256,
+    ShardError,
+    check_types,
+    encode,
+    find_shards,
     first_line,
     gpt2_encoding,
+    is_shard_name,
     open_shard,
     read_manifest,
     sha256,
+    split_of,
+    write_manifest,
     write_shard,
 )
 
 ROOT = Path(__file__).resolve().parent
 PRETOKENIZED = "kjj0/finewebedu10B-gpt2"
-BATCH = 256  # documents that are read, encoded and counted together
+CONTINUE = "the same command continues after the last complete shard"
+MAX_DOCUMENT = 2**30  # bytes, decompressed
+BATCH, BATCH_BYTES = 256, 2**22  # documents that are encoded together: at most so many, and once they are so large
+READ_AHEAD = 2**26  # bytes of text that wait for an encoder
+MAX_THREADS = 1024
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Reading: batches of documents, in order, from a place on
+# Reading: documents in order, then batches of them
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Some documents; the place from which reading yields them first; the share of the source that lies before."""
+class Document(NamedTuple):
+    """A text, where the source has it, and the fraction of the source that lies before."""
 
-    texts: list[str]
-    place: list[int]  # which file of the source, and which document in it
+    file: int  # which file of the source, and which document in it
+    number: int
+    text: str
     done: float
 
 
-def read_files(paths: list[Path], column: str, place: list[int] | None) -> Iterator[Batch]:
-    """The documents of local files from place on: [file, document in it]. UserErrors name file and document."""
-    first_file, first_document = place or (0, 0)
+@dataclass(frozen=True)
+class Cursor:
+    """Where to continue: at this document of the source, of which and its successors these tokens are written."""
+
+    file: int = 0
+    document: int = 0
+    tokens: int = 0
+
+
+class Batch(NamedTuple):
+    """Documents that follow each other, where the first one is, and their size in bytes."""
+
+    texts: list[str]
+    cursor: Cursor
+    done: float
+    size: int
+
+
+def make_batches(documents: Iterable[Document]) -> Iterator[Batch]:
+    """Group documents into batches of at most BATCH documents, which end where they reach BATCH_BYTES."""
+    texts, size = [], 0
+    for document in documents:
+        if not texts:
+            first = document
+        texts.append(document.text)
+        size += sys.getsizeof(document.text)
+        if len(texts) == BATCH or size >= BATCH_BYTES:
+            yield Batch(texts, Cursor(first.file, first.number), first.done, size)
+            texts, size = [], 0
+    if texts:
+        yield Batch(texts, Cursor(first.file, first.number), first.done, size)
+
+
+def read_files(paths: list[Path], column: str, start: Cursor) -> Iterator[Document]:
+    """Yield the documents of local files from start on. Raise UserError naming file and document."""
     sizes = [p.stat().st_size for p in paths]
-    readers = {".parquet": read_parquet, ".jsonl": read_jsonl, ".json": read_jsonl, ".txt": read_text}
-    for i, path in enumerate(paths[first_file:], start=first_file):
-        skip = first_document if i == first_file else 0
-        read = readers[next(s for s in reversed(path.suffixes) if s in readers)]
-        for n, texts, share in read(path, column, skip):
-            check_texts(texts, n, column, str(path))
-            yield Batch(texts, [i, n], (sum(sizes[:i]) + share * sizes[i]) / max(1, sum(sizes)))
+    for i, path in enumerate(paths[start.file :], start=start.file):
+        before, total = sum(sizes[:i]), max(1, sum(sizes))
+        skip = start.document if i == start.file else 0
+        for n, text, fraction in find_reader(path)(path, column, skip):
+            check_text(text, n, column, str(path))
+            yield Document(i, n, text, (before + fraction * sizes[i]) / total)
 
 
-def check_texts(texts: list, first: int, column: str, source: str) -> None:
-    """Raise UserError, naming the document, if one of these, the first of which has that number, is no text."""
-    for n, text in enumerate(texts, start=first):
-        if not isinstance(text, str):
-            raise UserError(f"{source}: document {n:,} has {text!r} in {column}, which is not text")
+def check_text(text: object, n: int, column: str, source: str) -> None:
+    """Raise UserError if what document n has in a column is not text."""
+    if not isinstance(text, str):
+        raise UserError(f"{source}: document {n:,} has {repr(text)[:80]} in {column}, which is not text")
 
 
-def read_parquet(path: Path, column: str, skip: int) -> Iterator[tuple[int, list, float]]:
-    """From document `skip` on: a number, the documents from it on, and the share of the file that lies before."""
+def find_reader(path: Path) -> Callable[[Path, str, int], Iterator[tuple[int, object, float]]] | None:
+    """Return the reader of a file by the end of its name, or None."""
+    if path.suffix == ".parquet":
+        return read_parquet
+    kind = Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
+    return {".jsonl": read_jsonl, ".json": read_jsonl, ".txt": read_text}.get(kind)
+
+
+def read_parquet(path: Path, column: str, skip: int) -> Iterator[tuple[int, object, float]]:
+    """Yield from document `skip` on: its number, its text and the fraction of the file that lies before it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    n = 0
     try:
         with pq.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise UserError(f"{path}: has no column {column}, but {', '.join(file.schema_arrow.names)}")
-            n, total = 0, file.metadata.num_rows
+            names, total = file.schema_arrow.names, file.metadata.num_rows
+            if names.count(column) != 1:
+                raise UserError(f"{path}: has {names.count(column)} columns {column}, but {', '.join(names)}")
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
                 if n + rows <= skip:
                     n += rows
                     continue
                 for batch in file.iter_batches(BATCH, row_groups=[group], columns=[column]):
-                    texts = batch.column(0).to_pylist()
-                    start = max(n, skip)
-                    if start < n + len(texts):
-                        yield start, texts[start - n :], start / total
-                    n += len(texts)
+                    for value in batch.column(0):
+                        if n >= skip:
+                            yield n, value.as_py(), n / total
+                        n += 1
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: document {n:,} has no UTF-8 text in {column}") from None
     except (pa.ArrowException, OSError) as e:
-        raise UserError(f"{path}: cannot be read as parquet ({str(e).splitlines()[0]})") from None
+        raise UserError(f"{path}: cannot be read as parquet ({first_line(e)})") from None
 
 
-def read_jsonl(path: Path, column: str, skip: int) -> Iterator[tuple[int, list, float]]:
-    """The same for lines of JSON, of which .gz and .zst are decompressed on the way."""
-    size, texts, n = path.stat().st_size, [], 0
+def read_jsonl(path: Path, column: str, skip: int) -> Iterator[tuple[int, object, float]]:
+    """The same for lines of JSON, of which .gz and .zst are decompressed while reading."""
+    size = path.stat().st_size
     with open_compressed(path) as (file, tell):
-        share = 0.0
-        for n, line in enumerate(file):  # noqa: B007
+        for n, line in enumerate(iter(lambda: file.readline(MAX_DOCUMENT + 1), b"")):
+            check_size(line, n, path)
             if n < skip:
                 continue
             try:
-                record = json.loads(line)
-                texts.append(record[column])
+                text = json.loads(line)[column]
             except KeyError:
-                raise UserError(f"{path}: document {n:,} has no {column}, but {', '.join(record)}") from None
-            except (ValueError, TypeError) as e:
-                raise UserError(f"{path}: document {n:,} is not a JSON object ({e})") from None
-            if len(texts) == BATCH:
-                yield n - BATCH + 1, [whole(t) for t in texts], share
-                texts, share = [], tell() / size
-        if texts:
-            yield n - len(texts) + 1, [whole(t) for t in texts], share
+                raise UserError(f"{path}: document {n:,} has no {column}, but {', '.join(json.loads(line))}") from None
+            except (ValueError, TypeError, RecursionError) as e:
+                raise UserError(f"{path}: document {n:,} is not a JSON object ({first_line(e)})") from None
+            yield n, replace_surrogates(text), tell() / size
 
 
-def read_text(path: Path, column: str, skip: int) -> Iterator[tuple[int, list, float]]:
+def read_text(path: Path, column: str, skip: int) -> Iterator[tuple[int, object, float]]:
     """The same for a text file, which is one document."""
     if skip == 0:
         with open_compressed(path) as (file, _):
+            content = file.read(MAX_DOCUMENT + 1)
+            check_size(content, 0, path)
             try:
-                yield 0, [file.read().decode("utf-8")], 0.0
+                yield 0, content.decode("utf-8"), 0.0
             except UnicodeDecodeError as e:
                 raise UserError(f"{path}: not UTF-8 text (byte {e.start:,})") from None
+
+
+def check_size(content: bytes, n: int, path: Path) -> None:
+    """Raise UserError if document n is larger than MAX_DOCUMENT, as a few compressed bytes can be."""
+    if len(content) > MAX_DOCUMENT:
+        raise UserError(f"{path}: document {n:,} has over {MAX_DOCUMENT:,} bytes; split it")
 
 
 @contextlib.contextmanager
@@ -150,60 +204,55 @@ def open_compressed(path: Path) -> Iterator[tuple[io.BufferedIOBase, Callable[[]
         with open(path, "rb") as raw:
             yield io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), kind)) if kind else raw, raw.tell
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e})") from None
+        raise UserError(f"{path}: cannot be read ({first_line(e)})") from None
 
 
-def whole(text: object) -> object:
-    """JSON may hold halves of surrogate pairs, which no UTF-8 can: each becomes U+FFFD, as tiktoken has it."""
+def replace_surrogates(text: object) -> object:
+    """Replace halves of surrogate pairs, which JSON may hold and UTF-8 cannot, by U+FFFD, as tiktoken does."""
     if isinstance(text, str) and not text.isascii():
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 
 
-def read_hub(
-    dataset: str, name: str | None, split: str, column: str, revision: str, place: list[int] | None
-) -> Iterator[Batch]:
-    """The documents of a data set on the Hugging Face hub from place on: [file, document in it]. They are streamed, so
-    that no copy of it lands on the disk. Raises UserError."""
+def read_hub(source: dict, column: str, start: Cursor) -> Iterator[Document]:
+    """Yield the documents of a data set on the Hugging Face hub from start on. They are streamed, so that no copy of
+    it lands on the disk. Raise UserError."""
     from datasets import load_dataset
 
-    first_file, first_document = place or (0, 0)
+    name = source["dataset"]
     try:
-        stream = load_dataset(dataset, name=name, split=split, revision=revision, streaming=True)
+        stream = load_dataset(
+            name, name=source["name"], split=source["split"], revision=source["revision"], streaming=True
+        )
         if stream.column_names and column not in stream.column_names:
-            raise UserError(f"--text_column {column}: {dataset} has {', '.join(stream.column_names)}")
+            raise UserError(f"--text_column {column}: {name} has {', '.join(stream.column_names)}")
         stream = stream.select_columns([column]).with_format("arrow")
-        for i in range(first_file, stream.num_shards):  # source files; not shards of ours
-            file, n = stream.shard(stream.num_shards, i), 0
-            for table in file.iter(BATCH):
-                if i > first_file or n >= first_document:
-                    texts = table[column].to_pylist()
-                    check_texts(texts, n, column, f"{dataset}, file {i:,}")
-                    yield Batch(texts, [i, n], i / stream.num_shards)
-                n += len(table)
+        for i in range(start.file, stream.num_shards):  # source files, not token shards
+            n, skip = 0, start.document if i == start.file else 0
+            for table in stream.shard(stream.num_shards, i).iter(BATCH):
+                for value in table[column] if n + len(table) > skip else ():
+                    if n >= skip:
+                        text = value.as_py()
+                        check_text(text, n, column, f"{name}, file {i:,}")
+                        yield Document(i, n, text, i / stream.num_shards)
+                    n += 1
     except UserError:
         raise
-    except ValueError as e:  # no such configuration, split or column
-        raise UserError(f"--dataset {dataset}: {first_line(e)}") from None
-    except Exception as e:  # whatever the hub's client raises when the network fails
-        raise UserError(f"--dataset {dataset}: {first_line(e)}; the same command goes on from here", 4) from None
+    except Exception as e:  # ValueError: no such configuration, split or column; others: the network, damaged bytes
+        raise UserError(f"--dataset {name}: {first_line(e)}", 2 if type(e) is ValueError else 4) from None
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Encoding
 
 
-_thread = threading.local()
 Encoder = Callable[[list[str]], np.ndarray]  # documents to their part of the stream, (n,) of uint16
 
 
 def encode_tiktoken(texts: list[str]) -> np.ndarray:
     """<|endoftext|> and the tokens of a document, for each of them."""
-    if not hasattr(_thread, "encoding"):
-        _thread.encoding = gpt2_encoding.__wrapped__()  # one each: threads that share one wait for each other
-    encode, end = _thread.encoding.encode_to_numpy, np.array([END_OF_TEXT], dtype=np.uint32)
-    parts = [part for text in texts for part in (end, encode(text, disallowed_special=()))]  # all of a text is text
-    return np.concatenate(parts).astype(np.uint16)
+    end = np.array([END_OF_TEXT], dtype=np.uint16)
+    return np.concatenate([part for text in texts for part in (end, encode(text))])
 
 
 def make_gigatoken() -> Encoder:
@@ -216,7 +265,7 @@ def make_gigatoken() -> Encoder:
         path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks))
         tokenizer = Tokenizer.from_tiktoken(path, pretokenizer="gpt2", special_tokens={})
 
-    def encode(texts: list[str]) -> np.ndarray:
+    def encode_gigatoken(texts: list[str]) -> np.ndarray:
         layout = tokenizer.encode_batch(texts, parallel=False).layout
         tokens, starts = layout.content.data, layout.offsets.data[:-1] + np.arange(len(texts))
         block = np.full(len(tokens) + len(texts), END_OF_TEXT, dtype=np.uint16)
@@ -228,20 +277,23 @@ def make_gigatoken() -> Encoder:
             raise UserError(f"gigatoken differs from tiktoken on {texts[0][:80]!r}…; uninstall it, and report this", 1)
         return block
 
-    return encode
+    return encode_gigatoken
 
 
-def encode_in_order(batches: Iterable[Batch], encode: Encoder, num_proc: int) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Each batch and its block, in order, encoded by num_proc threads: encoders run outside the interpreter's lock."""
+def encode_in_order(batches: Iterable[Batch], encoder: Encoder, num_proc: int) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Yield each batch and its block, in order, encoded by num_proc threads: encoders release the interpreter's lock.
+
+    At most READ_AHEAD bytes of text wait, and one batch."""
     with ThreadPoolExecutor(num_proc) as pool:
         waiting: deque = deque()
-        failure = None
+        failure, size = None, 0
         try:
             for batch in batches:
-                waiting.append((batch, pool.submit(encode, batch.texts)))
-                if len(waiting) > 4 * num_proc:
+                waiting.append((batch, pool.submit(encoder, batch.texts)))
+                size += batch.size
+                while len(waiting) > 4 * num_proc or size > READ_AHEAD:
                     yield waiting[0][0], waiting[0][1].result()
-                    waiting.popleft()  # not before: where this one fails, nothing later may follow
+                    size -= waiting.popleft()[0].size  # not before: if this one fails, nothing later may follow
         except UserError as e:
             failure = e
         for batch, block in waiting:  # what was read before a failure is kept
@@ -254,90 +306,91 @@ def encode_in_order(batches: Iterable[Batch], encode: Encoder, num_proc: int) ->
 # Writing: shards, and the manifest that says what they are
 
 
-class Output:
-    """A directory of shards and its manifest.json, which is brought up to date after every whole shard.
+def check_writable(directory: Path) -> None:
+    """Raise UserError if no files can be made in a directory or, if it is absent, in the nearest above it."""
+    try:
+        existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as e:
+        raise UserError(f"--out_dir {directory}: cannot be written to ({e.strerror})") from None
 
-    The manifest holds `source` and other settings, the shards (name, tokens, SHA-256), the documents read and, until
-    all is `complete`, where to read on: a place in the source, and how many tokens from there are written already.
+
+def open_manifest(directory: Path, settings: dict) -> dict:
+    """Return the manifest of what these settings have begun in a directory, or a new one. Raise UserError where others
+    have, and where shards have no manifest."""
+    if not (directory / "manifest.json").exists():
+        if find_shards(directory):
+            raise UserError(f"{directory}: holds shards but no manifest.json to continue from; use another --out_dir")
+        return dict(settings, shards=[], documents=0, complete=False)
+    manifest = read_manifest(directory)
+    changed = [f"{key} {manifest.get(key)} → {value}" for key, value in settings.items() if manifest.get(key) != value]
+    if changed:
+        raise UserError(f"{directory} was begun with other settings: {', '.join(changed)}; use another --out_dir")
+    return manifest
+
+
+class ShardWriter:
+    """A directory of shards and its manifest.json, the only record of which shards are valid.
+
+    The manifest is written first, without shards, and again after each shard: a shard that it does not name is
+    overwritten by the next run. It holds `source` and other settings, the shards (name, tokens, SHA-256), the number of
+    documents and, until all is `complete`, the cursor. The last shard and `complete` are one write.
     """
 
     def __init__(self, directory: Path, settings: dict):
-        self.directory = directory
-        existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
-        self.manifest = dict(settings, shards=[], documents=0, complete=False, place=None, tokens_written=0)
-        if (directory / "manifest.json").exists():
-            self.manifest = read_manifest(directory)
-            changed = [
-                f"{key} {self.manifest.get(key)} → {value}"
-                for key, value in settings.items()
-                if self.manifest.get(key) != value
-            ]
-            if changed:
-                raise UserError(
-                    f"{directory} was begun with other settings: {', '.join(changed)}; use another --out_dir"
-                )
-        elif not (existing.is_dir() and os.access(existing, os.W_OK)):
-            raise UserError(f"--out_dir {directory}: cannot be written to; is {existing} a directory of yours?")
-        elif any(p.suffix in (".npy", ".bin") for p in directory.glob("*")):
-            raise UserError(f"{directory}: holds shards but no manifest.json to go on from; use another --out_dir")
-        self.buffer = np.empty(settings["shard_size"], dtype=np.uint16)
+        self.directory, self.settings = directory, settings
+        try:
+            self.buffer = np.empty(settings["shard_size"], dtype=np.uint16)
+        except (MemoryError, ValueError):
+            raise UserError(f"--shard_size {settings['shard_size']}: a shard must fit in memory") from None
         self.filled = 0
+        self.manifest = open_manifest(directory, settings)
+        if not self.manifest["shards"]:
+            self.manifest["cursor"] = asdict(Cursor())
+        if not self.manifest["complete"]:
+            try:
+                check_types(self.manifest, cursor=dict)
+                check_types(self.manifest["cursor"], file=int, document=int, tokens=int)
+            except ValueError as e:
+                raise ShardError(f"{directory / 'manifest.json'}: cannot be continued ({e})") from None
 
-    def write(self, tokens: np.ndarray, place: list[int] | None, tokens_before: int, documents: int) -> None:
-        """Add tokens to the stream, tokens_before of those from this place on having come before them."""
+    def write(self, tokens: np.ndarray, cursor: Cursor, documents: int) -> None:
+        """Add tokens, which follow the cursor, to the stream; `documents` lie before the cursor."""
         while len(tokens):
+            if self.filled == len(self.buffer):  # only now: the last shard is written by `finish`
+                self.flush(documents=documents, complete=False, cursor=asdict(cursor))
             part = tokens[: len(self.buffer) - self.filled]
             self.buffer[self.filled : self.filled + len(part)] = part
             self.filled += len(part)
-            tokens_before += len(part)
+            cursor = replace(cursor, tokens=cursor.tokens + len(part))
             tokens = tokens[len(part) :]
-            if self.filled == len(self.buffer):
-                self.flush(place, tokens_before, documents)
 
-    def flush(self, place: list[int] | None, tokens_written: int, documents: int) -> None:
-        """Write what has come together as the next shard, and then the manifest."""
-        number = len(self.manifest["shards"])
-        name = f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_shard(self.directory / name, self.buffer[: self.filled])
-            shard = dict(name=name, tokens=self.filled, sha256=sha256(self.directory / name))
-            self.manifest["shards"].append(shard)
-            self.manifest |= dict(place=place, tokens_written=tokens_written, documents=documents)
+    def flush(self, **state) -> None:
+        """Write the buffer as the next shard, and then the manifest that names it."""
+        shards = self.manifest["shards"]
+        name = f"edufineweb_{'train' if shards else 'val'}_{len(shards):06d}.npy"
+        if not shards:
+            make_directory(self.directory)
             write_manifest(self.directory, self.manifest)
-        except OSError as e:
-            for partial in self.directory.glob("*.partial"):
-                partial.unlink(missing_ok=True)
-            free, needed = shutil.disk_usage(self.directory).free, 2 * self.filled
-            raise UserError(
-                f"{self.directory / name}: {e.strerror}: it takes {needed:,} bytes and {free:,} are free; "
-                "all shards so far are kept, and the same command goes on after them",
-                4,
-            ) from None
+        write_shard(self.directory / name, self.buffer[: self.filled])
+        shard = dict(name=name, tokens=self.filled, sha256=sha256(self.directory / name))
+        self.manifest = dict(self.settings, shards=[*shards, shard], **state)
+        write_manifest(self.directory, self.manifest)
         self.filled = 0
 
     def finish(self, documents: int) -> None:
-        """Write the last, short shard and mark the manifest complete."""
-        tokens = sum(shard["tokens"] for shard in self.manifest["shards"]) + self.filled
-        if tokens <= len(self.buffer):
-            hint = f"try --shard_size {max(1, tokens // 10)}" if tokens > 1 else "is the source empty?"
-            raise UserError(f"{tokens:,} tokens leave none to train on at --shard_size {len(self.buffer)}; {hint}")
-        if self.filled:
-            self.flush(None, 0, documents)
-        for key in "place", "tokens_written":
-            del self.manifest[key]
-        self.manifest |= dict(documents=documents, complete=True)
-        write_manifest(self.directory, self.manifest)
+        """Write the last shard and mark the manifest complete."""
+        if not self.manifest["shards"]:
+            hint = f"try --shard_size {max(1, self.filled // 10)}" if self.filled > 1 else "is the source empty?"
+            raise UserError(f"{self.filled:,} tokens leave none to train on at --shard_size {len(self.buffer)}; {hint}")
+        self.flush(documents=documents, complete=True)
 
 
-def write_manifest(directory: Path, manifest: dict) -> None:
-    """Write manifest.json, which is at all times the old one or the new."""
-    partial = directory / "manifest.json.partial"
-    with open(partial, "w", encoding="utf-8") as f:
-        f.write(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
-    partial.replace(directory / "manifest.json")
+def make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out_dir {directory}: cannot be made ({e.strerror})", 4) from None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -345,12 +398,17 @@ def write_manifest(directory: Path, manifest: dict) -> None:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Read, encode and write, from the beginning or from where the manifest says. Raises UserError."""
+    """Read, encode and write, from the beginning or from where the manifest says. Raise UserError."""
+    if args.limit_tokens is not None and args.limit_tokens <= args.shard_size:
+        raise UserError(
+            f"--limit_tokens {args.limit_tokens}: must be more than --shard_size {args.shard_size}, "
+            "the tokens for validation"
+        )
     if args.files:
         paths = expand(args.files)
         source = dict(files=[[p.name, p.stat().st_size] for p in paths])
     else:
-        revision = resolve_revision(args.dataset)
+        revision = find_revision(args.out_dir, args.dataset)
         source = dict(dataset=args.dataset, name=args.name, split=args.split, revision=revision)
     settings = dict(
         source=source,
@@ -359,34 +417,30 @@ def prepare(args: argparse.Namespace) -> None:
         shard_size=args.shard_size,
         limit_tokens=args.limit_tokens,
     )
-    out = Output(args.out_dir, settings)
+    out = ShardWriter(args.out_dir, settings)
     if out.manifest["complete"]:
         print(f"{args.out_dir} is complete: {describe(out.manifest)}")
         return
-    place, skip, documents = (out.manifest[key] for key in ("place", "tokens_written", "documents"))
-    written = sum(shard["tokens"] for shard in out.manifest["shards"])
+    cursor, documents = Cursor(**out.manifest["cursor"]), out.manifest["documents"]
+    skip, written = cursor.tokens, sum(shard["tokens"] for shard in out.manifest["shards"])
     if written:
-        print(f"{args.out_dir}: going on after {describe(out.manifest)}")
-    if args.files:
-        batches = read_files(paths, args.text_column, place)
-    else:
-        batches = read_hub(args.dataset, args.name, args.split, args.text_column, revision, place)
+        print(f"{args.out_dir}: continuing after {describe(out.manifest)}")
+    read = read_files(paths, args.text_column, cursor) if args.files else read_hub(source, args.text_column, cursor)
     fast = find_spec("gigatoken") is not None
-    encode = make_gigatoken() if fast else encode_tiktoken
+    encoder = make_gigatoken() if fast else encode_tiktoken
     print(f"encoding by {'gigatoken, checked against tiktoken' if fast else 'tiktoken; gigatoken would be faster'}")
     limit = args.limit_tokens or float("inf")
     started, first, n_bytes = time.perf_counter(), written, 0
     bar_format = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     with tqdm(total=1.0, bar_format=bar_format, dynamic_ncols=True) as bar:
-        for batch, block in encode_in_order(batches, encode, args.num_proc):
-            new = block[skip : skip + limit - written] if limit < float("inf") else block[skip:]
-            out.write(new, batch.place, skip, documents)
-            skip, written = 0, written + len(new)
+        for batch, block in encode_in_order(make_batches(read), encoder, args.num_proc):
+            new = block[skip : min(len(block), skip + limit - written)]
+            out.write(new, replace(batch.cursor, tokens=skip), documents)
+            skip, written = max(0, skip - len(block)), written + len(new)
             documents += len(batch.texts)
             n_bytes += sum(map(len, batch.texts))
             seconds = time.perf_counter() - started
-            share = max(batch.done, written / limit)
-            bar.update(max(0, share - bar.n))
+            bar.update(max(0, max(batch.done, written / limit) - bar.n))
             bar.set_postfix_str(
                 f"{written:,} tokens, {len(out.manifest['shards'])} shards, "
                 f"{(written - first) / seconds / 1e6:.1f}M tok/s, {n_bytes / seconds / 1e6:.0f} MB/s",
@@ -405,46 +459,56 @@ def describe(manifest: dict) -> str:
 
 
 def expand(patterns: list[str]) -> list[Path]:
-    """The files that paths and globs name: patterns as given, the files of each in the order of their names."""
+    """Return the files that paths and patterns name: patterns in their order, the files of each sorted by name."""
     paths = []
     for pattern in patterns:
-        found = sorted(glob.glob(pattern, recursive=True))
+        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not found:
             raise UserError(f"--files {pattern}: no such file")
         paths += map(Path, found)
     for path in paths:
-        if not {".parquet", ".jsonl", ".json", ".txt"} & set(path.suffixes[-2:]) or not path.is_file():
+        if find_reader(path) is None or not path.is_file():
             raise UserError(
                 f"--files {path}: neither .parquet nor .jsonl nor .txt (.gz and .zst of these are read, too)"
             )
     return paths
 
 
-def resolve_revision(dataset: str) -> str:
-    """The commit of a data set that the hub has now, so that a preparation goes on with what it began with."""
+def find_revision(out_dir: Path, dataset: str) -> str | None:
+    """Return the commit of a data set that out_dir was begun with, or else the newest on the hub."""
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
 
+    if (out_dir / "manifest.json").exists():
+        return read_manifest(out_dir)["source"].get("revision")
     try:
         return HfApi().dataset_info(dataset).sha
+    except HFValidationError as e:
+        raise UserError(f"--dataset {dataset}: {first_line(e)}") from None
     except Exception as e:  # whatever the hub's client raises
-        if getattr(getattr(e, "response", None), "status_code", None) in (401, 404):
-            raise UserError(f"--dataset {dataset}: no such data set on the hub") from None
+        if getattr(getattr(e, "response", None), "status_code", None) in (401, 403, 404):
+            raise UserError(f"--dataset {dataset}: no such data set on the hub, or not open to you") from None
         raise UserError(
             f"--dataset {dataset}: the hub is out of reach ({first_line(e)}); --files needs none", 4
         ) from None
 
 
-def download(out_dir: Path, n: str) -> None:
-    """Fetch ready-made shards in llm.c's format, the validation shard and the first n for training, each verified."""
+def download(out_dir: Path, n: int | None) -> None:
+    """Fetch shards in llm.c's format that others have tokenized: those for validation and the first n for training, or
+    all. Those that are there already are kept. Each is verified."""
     from huggingface_hub import HfApi, hf_hub_download
 
+    revision = find_revision(out_dir, PRETOKENIZED)
+    manifest = open_manifest(out_dir, dict(source=dict(dataset=PRETOKENIZED, revision=revision), tokenizer=SHA256))
     try:
-        info = HfApi().dataset_info(PRETOKENIZED, files_metadata=True)
-        sha = {f.rfilename: f.lfs.sha256 for f in info.siblings if f.rfilename.endswith(".bin")}
-        train = sorted(name for name in sha if "train" in name)
-        names = sorted(sha.keys() - set(train)) + (train if n == "all" else train[: int(n)])
-        out_dir.mkdir(parents=True, exist_ok=True)
-        where = dict(repo_type="dataset", revision=info.sha, local_dir=out_dir / ".download")
+        info = HfApi().dataset_info(PRETOKENIZED, revision=revision, files_metadata=True)
+        sha = {f.rfilename: f.lfs.sha256 for f in info.siblings if is_shard_name(f.rfilename)}
+        train = sorted(name for name in sha if split_of(name) == "train")
+        names = sorted(name for name in sha if split_of(name) == "val")
+        names += [name for i, name in enumerate(train) if n is None or i < n or (out_dir / name).exists()]
+        make_directory(out_dir)
+        write_manifest(out_dir, manifest | dict(complete=False))
+        where = dict(repo_type="dataset", revision=revision, local_dir=out_dir / ".download")
         shards = []
         for name in tqdm(names, unit="shard"):
             path = out_dir / name
@@ -458,30 +522,30 @@ def download(out_dir: Path, n: str) -> None:
             else:
                 raise UserError(f"{path}: downloaded three times, each time with a wrong SHA-256; try again later", 4)
             shards.append(dict(name=name, tokens=len(open_shard(path)), sha256=sha[name]))
-        source = dict(dataset=PRETOKENIZED, revision=info.sha)
-        manifest = dict(source=source, tokenizer=SHA256, documents=0, shards=shards, complete=True)
-        write_manifest(out_dir, manifest)
+        write_manifest(out_dir, manifest | dict(shards=shards, complete=True))
         shutil.rmtree(out_dir / ".download", ignore_errors=True)
     except UserError:
         raise
     except Exception as e:  # whatever the hub's client raises
-        raise UserError(f"{PRETOKENIZED}: {first_line(e)}; the same command goes on from here", 4) from None
+        raise UserError(f"{PRETOKENIZED}: {first_line(e)}", 4) from None
     print(f"{out_dir} has {sum(s['tokens'] for s in shards):,} tokens in {len(shards)} shards")
 
 
 def verify(directory: Path) -> None:
-    """Hash every shard of a directory against its manifest. Raises UserError, naming all that differ."""
+    """Compare a directory with its manifest, shards by their SHA-256. Raise UserError naming all that differs."""
     manifest = read_manifest(directory)
-    wrong = []
-    for shard in tqdm(manifest["shards"], unit="shard"):
-        path = directory / shard["name"]
-        if not path.exists():
-            wrong.append(f"{path.name} is missing")
-        elif sha256(path) != shard["sha256"]:
-            wrong.append(f"{path.name} does not match its SHA-256")
+    expected = {shard["name"]: shard["sha256"] for shard in manifest["shards"]}
+    wrong = [f"{p.name} is not in manifest.json" for p in find_shards(directory) if p.name not in expected]
+    for name in tqdm(expected, unit="shard"):
+        if not (directory / name).is_file():
+            wrong.append(f"{name} is missing")
+        elif sha256(directory / name) != expected[name]:
+            wrong.append(f"{name} does not match its SHA-256")
+    if not manifest["complete"]:
+        wrong.append("not all shards are written yet")
     if wrong:
         raise UserError(f"{directory}: {', '.join(wrong)}")
-    print(f"{directory}: all {len(manifest['shards'])} shards are as written")
+    print(f"{directory}: all {len(expected)} shards are as written")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -496,48 +560,57 @@ def main(argv: list[str] | None = None) -> int:
         default="text",
         help="the column, or the field of .jsonl, with the documents (default: %(default)s)",
     )
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
         "--files",
         nargs="+",
         metavar="FILE",
         help="local files instead, or patterns of them: .parquet, .jsonl, or .txt, a document each; also .gz and .zst",
     )
+    source.add_argument(
+        "--pretokenized", metavar="N", help=f"download the first N training shards of {PRETOKENIZED}, or all"
+    )
+    source.add_argument("--verify", metavar="DIR", help="compare a directory with its manifest, and no more")
     parser.add_argument(
-        "--out_dir", type=Path, default=ROOT / "edu_fineweb10B", help="where the shards go (default: %(default)s)"
+        "--out_dir", default=str(ROOT / "edu_fineweb10B"), help="where the shards go (default: %(default)s)"
     )
     parser.add_argument("--shard_size", type=int, default=100_000_000, help="tokens per shard (default: %(default)s)")
     parser.add_argument(
         "--num_proc", type=int, default=os.cpu_count(), help="encoder threads (default: all cores, %(default)s)"
     )
-    parser.add_argument("--limit_tokens", type=int, help="stop after so many tokens (default: at the end)")
-    parser.add_argument(
-        "--pretokenized", metavar="N", help=f"download the first N training shards of {PRETOKENIZED}, or all"
-    )
-    parser.add_argument("--verify", type=Path, metavar="DIR", help="hash a directory against its manifest, and no more")
+    parser.add_argument("--limit_tokens", type=int, help="stop after N tokens (default: at the end)", metavar="N")
     parser.error = lambda message: parser.exit(2, f"fineweb.py: error: {message}; see --help\n")
     args = parser.parse_args(argv)
+    for flag, value in vars(args).items():
+        if value == "":
+            raise UserError(f"--{flag}: is empty")
+    for flag in "shard_size", "num_proc", "limit_tokens":
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise UserError(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    if args.num_proc > MAX_THREADS:
+        raise UserError(f"--num_proc {args.num_proc}: must be at most {MAX_THREADS}")
+    if args.pretokenized not in (None, "all") and not (args.pretokenized.isdecimal() and int(args.pretokenized) > 0):
+        raise UserError(f"--pretokenized {args.pretokenized}: must be a number of shards, or all")
+    args.out_dir = Path(args.out_dir)
+    if args.dataset == parser.get_default("dataset"):
+        args.name = args.name or "sample-10BT"
     try:
-        for flag in "shard_size", "num_proc", "limit_tokens":
-            if getattr(args, flag) is not None and getattr(args, flag) < 1:
-                raise UserError(f"--{flag} {getattr(args, flag)}: must be at least 1")
-        if args.dataset == parser.get_default("dataset"):
-            args.name = args.name or "sample-10BT"
         if args.verify:
-            verify(args.verify)
-        elif args.pretokenized:
-            if args.pretokenized != "all" and not args.pretokenized.isdecimal():
-                raise UserError(f"--pretokenized {args.pretokenized}: a number of shards, or all")
-            download(args.out_dir, args.pretokenized)
+            verify(Path(args.verify))
+            return 0
+        check_writable(args.out_dir)
+        if args.pretokenized:
+            download(args.out_dir, None if args.pretokenized == "all" else int(args.pretokenized))
         else:
             prepare(args)
-    except UserError as e:
-        print(f"fineweb.py: error: {e}", file=sys.stderr)
-        return e.status
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the last whole shard", file=sys.stderr)
-        return 130
+        raise UserError(f"interrupted; {CONTINUE}", 130) from None
+    except UserError as e:
+        if e.status == 4:  # disk or network
+            raise UserError(f"{e}; {CONTINUE}", 4) from None
+        raise
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

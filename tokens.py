@@ -9,11 +9,15 @@ each a flat run of uint16 token ids in one of two formats:
 
 from errors import UserError
 
+import contextlib
 import hashlib
 import json
 import os
-from functools import lru_cache
+import re
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import tiktoken
@@ -27,6 +31,9 @@ SHA256 = {
 }
 END_OF_TEXT = 50256
 VOCAB_SIZE = END_OF_TEXT + 1
+
+WHITESPACE, NO_WHITESPACE = r"[^\S\x1c-\x1f]", r"[\S\x1c-\x1f]"  # what tiktoken's \s matches, four fewer than Python's
+LONG_RUN = 100_000  # characters of whitespace; tiktoken fails at a million
 
 BIN_HEADER = 256 * 4  # bytes: 256 int32
 BIN_MAGIC, BIN_VERSION = 20240520, 1
@@ -46,12 +53,18 @@ class ShardError(UserError):
     """A token file is not what it should be; the message names the file, what was expected and what was found."""
 
 
-@lru_cache(maxsize=1)
-def gpt2_encoding() -> tiktoken.Encoding:
-    """GPT-2's byte-pair encoding. Raises ValueError if a file in assets/ has been altered, OSError if one is gone.
+_thread = threading.local()
 
-    Text is encoded with `encode_ordinary`, to which "<|endoftext|>" is thirteen characters like any others.
-    """
+
+def gpt2_encoding() -> tiktoken.Encoding:
+    """Return GPT-2's byte-pair encoding, one per thread: threads that share one wait for each other."""
+    if not hasattr(_thread, "encoding"):
+        _thread.encoding = load_encoding()
+    return _thread.encoding
+
+
+def load_encoding() -> tiktoken.Encoding:
+    """Load the encoding. Raise ValueError if a file in assets/ has been altered, OSError if one is missing."""
     for name, expected in SHA256.items():
         found = sha256(ASSETS / name)
         if found != expected:
@@ -68,20 +81,51 @@ def gpt2_encoding() -> tiktoken.Encoding:
     )
 
 
+def encode(text: str) -> np.ndarray:
+    """Return the token ids of a text, (n,) of uint16. "<|endoftext|>" in it is encoded like any other characters.
+
+    tiktoken fails at a very long run of whitespace before text. GPT-2's pattern takes such a run without its last
+    character as one piece, and whitespace at the end of a text as one piece. So the text is cut before that last
+    character: pieces and ids stay the same.
+    """
+    parts = [text]
+    if len(text) > LONG_RUN:
+        parts = re.split(f"(?={WHITESPACE}{NO_WHITESPACE})(?<={WHITESPACE}{{{LONG_RUN}}})", text)
+    ids = [gpt2_encoding().encode_to_numpy(part, disallowed_special=()) for part in parts]
+    return np.concatenate(ids).astype(np.uint16)
+
+
+@contextlib.contextmanager
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to write that is complete or absent: it gets its name when all of it is on the disk."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as f:
+            try:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+                partial.replace(path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror or first_line(e)})", 4) from None
+
+
 def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Write token ids (uint16, one dimension) as a .npy shard; under its name the file is whole or not there."""
+    """Write token ids (uint16, one dimension) as numpy.save does."""
     if tokens.dtype != np.uint16 or tokens.ndim != 1:
         raise ShardError(f"{path}: a shard is a flat array of uint16, not {tokens.dtype} of shape {tokens.shape}")
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as f:
-        np.save(f, tokens)
-        f.flush()
-        os.fsync(f.fileno())
-    partial.replace(path)
+    with open_atomic(path) as f:  # not by numpy.save, which does not tell a full disk from other errors
+        np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(tokens))
+        f.write(np.ascontiguousarray(tokens).data)
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """A shard's token ids as a read-only memmap (n,) of uint16, validated down to the last byte of its size."""
+    """Return a shard's token ids as a read-only memmap (n,) of uint16, once its header and size are validated."""
+    if not path.is_file():  # a directory, or a pipe, at which reading would wait forever
+        raise ShardError(f"{path}: is not a regular file")
     offset, n = _npy_layout(path) if path.suffix == ".npy" else _bin_layout(path)
     expected, found = offset + 2 * n, path.stat().st_size
     if found != expected:
@@ -104,8 +148,8 @@ def _npy_layout(path: Path) -> tuple[int, int]:
             version = np.lib.format.read_magic(f)
             read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
             shape, _, dtype = read_header[version](f)
-        except (ValueError, KeyError) as e:
-            raise ShardError(f"{path}: expected a .npy header, found none that can be read ({e})") from None
+        except (ValueError, KeyError, RecursionError, MemoryError) as e:
+            raise ShardError(f"{path}: expected a .npy header, found none that can be read ({first_line(e)})") from None
         if dtype != np.dtype("<u2"):
             raise ShardError(f"{path}: expected tokens of type uint16, found {dtype}")
         if len(shape) != 1:
@@ -136,31 +180,61 @@ def check_ids(name: str, start: int, ids: np.ndarray) -> None:
         raise ShardError(f"{name}: token {start + at:,} is {ids[at]}, but GPT-2's ids end at {VOCAB_SIZE - 1}")
 
 
+def split_of(name: str) -> str | None:
+    """Return which split a shard is for, by the last of the words "train" and "val" in its name."""
+    words = re.findall("[A-Za-z]+", name)
+    return next((word for word in reversed(words) if word in ("train", "val")), None)
+
+
+def find_shards(directory: Path) -> list[Path]:
+    """Return all shards of a directory in the order of their names."""
+    return sorted(p for p in directory.glob("*") if p.suffix in (".npy", ".bin"))
+
+
 def shard_paths(directory: Path, split: str) -> list[Path]:
-    """The shards of a split, "train" or "val", in the order of their names. Raises ShardError if there are none."""
-    shards = sorted(p for p in directory.iterdir() if p.suffix in (".npy", ".bin"))
+    """Return the shards of a split, "train" or "val". Raise ShardError if there are none."""
+    shards = find_shards(directory)
     if not shards:
         raise ShardError(f"{directory}: holds no .npy or .bin shards; prepare some with `python fineweb.py`")
     if len({p.suffix for p in shards}) > 1:
         raise ShardError(f"{directory}: holds both .npy and .bin shards; keep one kind, or they may count twice")
-    chosen = [p for p in shards if split in p.name]
+    chosen = [p for p in shards if split_of(p.name) == split]
     if not chosen:
-        raise ShardError(f'{directory}: none of its {len(shards)} shards has "{split}" in its name')
+        raise ShardError(f'{directory}: none of its {len(shards)} shards has the word "{split}" in its name')
     return chosen
 
 
 def read_manifest(directory: Path) -> dict:
-    """A directory's manifest.json, which fineweb.py has written. Raises ShardError if it is none."""
+    """Return a directory's manifest.json. Raise ShardError if it is not one that fineweb.py has written."""
     path = directory / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"shards", "documents", "complete"} - manifest.keys()
-        missing = missing.union(*({"name", "tokens", "sha256"} - shard.keys() for shard in manifest.get("shards", ())))
-    except (OSError, ValueError, TypeError, AttributeError) as e:
+        check_types(manifest, source=dict, shards=list, documents=int, complete=bool)
+        for shard in manifest["shards"]:
+            check_types(shard, name=str, tokens=int, sha256=str)
+            if not is_shard_name(shard["name"]):
+                raise ValueError(f"{shard['name']!r} is not the name of a shard")
+    except (OSError, ValueError, RecursionError) as e:
         raise ShardError(f"{path}: cannot be read as a manifest ({first_line(e)})") from None
-    if missing:
-        raise ShardError(f"{path}: cannot be read as a manifest (no {', '.join(sorted(missing))})")
     return manifest
+
+
+def check_types(record: object, **types: type) -> None:
+    """Raise ValueError if record is not a dict with these keys and types of values."""
+    for key, kind in types.items():
+        if not isinstance(record, dict) or type(record.get(key)) is not kind:
+            raise ValueError(f"expected {key} of type {kind.__name__}")
+
+
+def is_shard_name(name: str) -> bool:
+    """Return whether this is the bare name of a .npy or .bin file: it cannot lead out of its directory."""
+    return re.fullmatch(r"\w[\w.-]*\.(npy|bin)", name) is not None
+
+
+def write_manifest(directory: Path, manifest: dict) -> None:
+    """Write a directory's manifest.json, which makes the shards that it names valid."""
+    with open_atomic(directory / "manifest.json") as f:
+        f.write((json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
 
 
 def check_manifest(directory: Path, tokens: dict[str, int]) -> None:

@@ -15,6 +15,7 @@ class Hub:
 
     def __init__(self, datasets: dict[str, dict[str, bytes]]):
         self.datasets, self.faults, self.requests = datasets, {}, []
+        self.newest = REVISION  # another one has no files here
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -84,7 +85,8 @@ class Hub:
             )
             for e in entries
         ]
-        info = dict(id=dataset, sha=REVISION, private=False, gated=False, disabled=False, tags=[], downloads=0, likes=0)
+        sha = rest.removeprefix("revision/") or self.newest
+        info = dict(id=dataset, sha=sha, private=False, gated=False, disabled=False, tags=[], downloads=0, likes=0)
         return self.send(request, 200, info | dict(siblings=siblings))
 
     def file(self, request, name: str, files: dict, head: bool) -> None:
@@ -112,7 +114,7 @@ class Hub:
             request.close_connection = True
             return
         if isinstance(fault, bytes):
-            part = fault[: len(part)]
+            part = fault[start:end]
         self.send(request, status, part, headers, head)
 
     def send(self, request, status: int, body, headers: dict | None = None, head: bool = False) -> None:

@@ -1,36 +1,47 @@
 """fineweb.py against a straightforward loop over the documents, killed at random moments, and over a small hub."""
 
+from errors import run_script
+
+import contextlib
+import errno
 import gzip
+import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import ByteLevelBPETokenizer
 
 import fineweb
 import tokens
 from conftest import ENVIRONMENT, ROOT, command, run
 from hub import REVISION, Hub
 
-gigatoken = pytest.importorskip("gigatoken")
 BOOKS = ROOT.parent / "shared/data/books"
 ENCODERS = {"tiktoken": lambda: fineweb.encode_tiktoken, "gigatoken": fineweb.make_gigatoken}
 
 
-def shards_of(texts: list[str], shard_size: int) -> dict[str, bytes]:
-    """What the files must be, byte for byte: documents to ids by `transformers`' tokenizer, one after the other."""
-    import io
+@lru_cache
+def bpe() -> ByteLevelBPETokenizer:
+    """GPT-2's byte-pair encoding by `tokenizers`, which shares no code with tiktoken or gigatoken."""
+    return ByteLevelBPETokenizer(str(ROOT / "assets/vocab.json"), str(ROOT / "assets/merges.txt"))
 
+
+def shards_of(texts: list[str], shard_size: int) -> dict[str, bytes]:
+    """What the files must be, byte for byte: the shards of build-nanogpt, <|endoftext|> before each document."""
     stream = []
     for text in texts:
-        stream += [50256] + tokens.gpt2_encoding().encode_ordinary(text)
+        stream += [50256] + bpe().encode(text).ids
     files = {}
     for number, start in enumerate(range(0, len(stream), shard_size)):
         file = io.BytesIO()
@@ -137,8 +148,90 @@ def test_killed_at_random_moments_it_ends_byte_for_byte_the_same(tmp_path, parqu
         for path in (tmp_path / "cut").glob("*.npy"):  # what has a shard's name is a whole shard
             assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
     done = run("fineweb.py", *flags, "--out_dir", tmp_path / "cut")
-    assert "going on after" in done.stdout
+    assert "continuing after" in done.stdout
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+class Killed(BaseException):
+    """What stands for SIGKILL: after it no file is touched any more."""
+
+
+@pytest.fixture
+def few(documents, tmp_path_factory, monkeypatch) -> list[str]:
+    """Flags for four shards, the last of which is short, that are encoded at once."""
+    path = tmp_path_factory.mktemp("few") / "few.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[:20]))
+    tokens_each = sum(len(bpe().encode(text).ids) + 1 for text in documents[:20]) // 4 + 3
+    encoding = tokens.gpt2_encoding()
+    monkeypatch.setattr(tokens, "load_encoding", lambda: encoding)
+    monkeypatch.setattr(fineweb, "find_spec", lambda name: None)
+    return ["--files", str(path), "--shard_size", str(tokens_each), "--out_dir"]
+
+
+@contextlib.contextmanager
+def killed(owner, name: str, n: int, after: bool):
+    """Kill the process at call n of a function, before or after it."""
+    calls, function, unlink = 0, getattr(owner, name), Path.unlink
+
+    def wrapper(*args):
+        nonlocal calls
+        calls += 1
+        result = function(*args) if calls < n or after else None
+        if calls >= n:
+            raise Killed
+        return result
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, name, wrapper)
+        patch.setattr(Path, "unlink", lambda *args, **kwargs: calls < n and unlink(*args, **kwargs))
+        yield
+
+
+RENAMES = 9  # the empty manifest, and each of four shards and the manifest that names it
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_death_at_any_rename_is_harmless(tmp_path, few, after):
+    assert fineweb.main([*few, str(tmp_path / "whole")]) == 0
+    whole = contents(tmp_path / "whole")
+    assert len(whole) == 1 + 4
+    for n in range(1, RENAMES + 1):
+        out = tmp_path / f"killed-{n}"
+        with killed(Path, "replace", n, after):
+            fineweb.main([*few, str(out)])
+        assert fineweb.main([*few, str(out)]) == 0
+        assert contents(out) == whole, f"rename {n}"
+    with pytest.raises(pytest.fail.Exception), killed(Path, "replace", RENAMES + 1, after):
+        fineweb.main([*few, str(tmp_path / "no more")])
+
+
+def test_death_while_hashing_is_harmless(tmp_path, few):
+    assert fineweb.main([*few, str(tmp_path / "whole")]) == 0
+    with killed(fineweb, "sha256", 1, False):
+        fineweb.main([*few, str(tmp_path / "out")])
+    assert fineweb.main([*few, str(tmp_path / "out")]) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_full_disk_then_the_same_command(tmp_path, few, capsys):
+    """At each write of a preparation, the first and the last manifest included."""
+    assert fineweb.main([*few, str(tmp_path / "whole")]) == 0
+    whole = contents(tmp_path / "whole")
+    for n in range(RENAMES):
+        writes = iter([True] * n)
+
+        def fsync(fd, writes=writes):
+            if not next(writes, False):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        out = tmp_path / f"full-{n}"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            line = refuse(capsys, *few, out, status=4)
+        assert "cannot be written (No space left on device); the same command continues after" in line
+        assert not list(out.glob("*.partial"))
+        assert fineweb.main([*few, str(out)]) == 0
+        assert contents(out) == whole, f"write {n}"
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
@@ -150,6 +243,7 @@ def test_interrupted_politely(tmp_path, parquet, number, status):
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import fineweb
+from errors import run_script
 
 def write_shard(path, tokens, write=fineweb.write_shard):
     write(path, tokens)
@@ -157,11 +251,11 @@ def write_shard(path, tokens, write=fineweb.write_shard):
         os.kill(os.getpid(), {number:d})
 
 fineweb.write_shard = write_shard
-sys.exit(fineweb.main())
+sys.exit(run_script(fineweb.main))
 """
     )
     process = subprocess.Popen(command(script, *flags), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    assert process.communicate()[1].endswith("last whole shard\n") == (number == signal.SIGINT)
+    assert process.communicate()[1].endswith("last complete shard\n") == (number == signal.SIGINT)
     assert process.returncode == status
     run("fineweb.py", *flags)
     run("fineweb.py", *flags[:-1], tmp_path / "whole")
@@ -192,9 +286,11 @@ def fast():
 
 
 @settings(max_examples=400, deadline=None)
-@given(texts=st.lists(st.lists(anything, max_size=4).map("".join).map(fineweb.whole), min_size=1, max_size=5))
+@given(
+    texts=st.lists(st.lists(anything, max_size=4).map("".join).map(fineweb.replace_surrogates), min_size=1, max_size=5)
+)
 def test_both_encoders_are_gpt2_s(fast, texts):
-    expected = [i for text in texts for i in [50256] + tokens.gpt2_encoding().encode_ordinary(text)]
+    expected = [i for text in texts for i in [50256] + bpe().encode(text).ids]
     assert fineweb.encode_tiktoken(texts).tolist() == expected
     assert fast(texts).tolist() == expected
 
@@ -202,14 +298,14 @@ def test_both_encoders_are_gpt2_s(fast, texts):
 @given(text=st.text(st.characters(), max_size=20))
 def test_halves_of_surrogate_pairs_become_what_tiktoken_makes_of_them(text):
     encode = tokens.gpt2_encoding().encode_ordinary
-    assert encode(fineweb.whole(text)) == encode(text)
+    assert encode(fineweb.replace_surrogates(text)) == encode(text)
 
 
 def test_a_difference_between_the_encoders_stops_the_run(tmp_path, parquet, monkeypatch, capsys):
     whole = fineweb.encode_tiktoken
     monkeypatch.setattr(fineweb, "encode_tiktoken", lambda texts: whole(texts)[::-1])
     flags = "--files", f"{parquet}/part-1.parquet", "--out_dir", tmp_path / "out", "--shard_size", 1000
-    assert fineweb.main([str(f) for f in flags]) == 1
+    assert run_script(fineweb.main, [str(f) for f in flags]) == 1
     assert "gigatoken differs from tiktoken on" in capsys.readouterr().err
 
 
@@ -222,11 +318,37 @@ def test_after_a_batch_that_cannot_be_encoded_nothing_is_written(fails):
             raise fineweb.UserError("no")
         return texts
 
-    batches, written = (fineweb.Batch([i], [0, i], 0.0) for i in range(30)), []
+    batches, written = (fineweb.Batch([i], fineweb.Cursor(0, i), 0.0, 1) for i in range(30)), []
     with pytest.raises(fineweb.UserError, match="no"):
         for _, block in fineweb.encode_in_order(batches, encode, 2):
             written += block
     assert written == [*range(fails)]
+
+
+def test_read_ahead_is_bounded_in_bytes():
+    """64 MiB and one batch, whatever the number of threads."""
+    read = encoded = most = 0
+
+    def documents():
+        nonlocal read, most
+        for i in range(600):
+            yield fineweb.Document(0, i, chr(97 + i % 26) * 500_000, 0.0)
+            read += 500_000
+            most = max(most, read - encoded)
+
+    batches = fineweb.make_batches(documents())
+    for batch, _ in fineweb.encode_in_order(batches, lambda texts: np.zeros(1), 64):
+        encoded += sum(map(len, batch.texts))
+    assert read == encoded == 600 * 500_000
+    assert 32 * 2**20 < most <= fineweb.READ_AHEAD + 2 * (fineweb.BATCH_BYTES + 500_000)
+
+
+def test_batches_are_bounded_in_documents_and_bytes():
+    sizes = [1] * 600 + [3_000_000] * 3 + [1] * 3
+    documents = [fineweb.Document(i // 300, i % 300, "x" * size, 0.0) for i, size in enumerate(sizes)]
+    batches = list(fineweb.make_batches(documents))
+    assert [len(batch.texts) for batch in batches] == [256, 256, 90, 4]
+    assert [(b.cursor.file, b.cursor.document) for b in batches] == [(0, 0), (0, 256), (1, 212), (2, 2)]
 
 
 # The hub, as a small server on loopback
@@ -238,7 +360,8 @@ import datasets.config
 datasets.config.STREAMING_READ_MAX_RETRIES = 2
 time.sleep = lambda seconds: None  # between the retries of the hub's client
 import fineweb
-sys.exit(fineweb.main())
+from errors import run_script
+sys.exit(run_script(fineweb.main))
 """
 
 
@@ -279,21 +402,32 @@ def test_a_connection_cut_in_mid_stream_is_exit_4_and_the_same_command_goes_on(t
     hub.faults["data/train-00002-of-00003.parquet"] = "cut"
     done = from_hub(*flags, status=4)
     line = done.stderr.splitlines()[-1]
-    assert line.startswith("fineweb.py: error: --dataset some/documents: ") and "the same command goes on" in line
+    assert line.startswith("fineweb.py: error: --dataset some/documents: ") and "the same command continues" in line
     before = shards(tmp_path / "out")
     assert 2 < len(before) < len(shards_of(documents, 30_000))
     hub.faults.clear()
     hub.requests.clear()
+    hub.newest = "f" * 40  # a new commit, which is not what was begun
     done = from_hub(*flags)
-    assert "going on after" in done.stdout
+    assert "continuing after" in done.stdout
     assert shards(tmp_path / "out") == shards_of(documents, 30_000)
     # Of the first file nothing is read again but its schema, for which `datasets` asks once.
     assert sum("GET" in r and "train-00000-of" in r for r in hub.requests) == 1
 
 
+def test_damaged_bytes_from_the_hub_are_exit_4(tmp_path, hub, from_hub):
+    name = "data/train-00001-of-00003.parquet"
+    content = hub.datasets["some/documents"][name]
+    hub.faults[name] = content[:100] + bytes(len(content) // 2) + content[100 + len(content) // 2 :]
+    done = from_hub("--dataset", "some/documents", "--out_dir", tmp_path / "out", "--shard_size", 30_000, status=4)
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("fineweb.py: error: --dataset some/documents: ") and "the same command continues" in line
+
+
 @pytest.mark.parametrize(
     "flags, status, message",
     [
+        (["--dataset", "a b"], 2, "--dataset a b: "),
         (["--dataset", "no/such"], 2, "--dataset no/such: no such data set on the hub"),
         (
             ["--dataset", "some/documents", "--text_column", "body"],
@@ -317,7 +451,9 @@ def test_ready_made_shards(tmp_path, hub, from_hub):
     names = "finewebedu_val_000000.bin", "finewebedu_train_000001.bin", "finewebedu_train_000002.bin"
     found = contents_of_files(tmp_path / "out")
     assert found.keys() - {"manifest.json"} == set(names) and all(found[name] == ready[name] for name in names)
+    hub.newest = "f" * 40
     from_hub("--pretokenized", "all", "--out_dir", tmp_path / "out")
+    from_hub("--pretokenized", 1, "--out_dir", tmp_path / "out")  # keeps what is there
     assert len(contents_of_files(tmp_path / "out")) == 5
     assert fineweb.main(["--verify", str(tmp_path / "out")]) == 0
     flags = (
@@ -351,7 +487,7 @@ def test_a_ready_made_shard_that_comes_broken_is_exit_4_and_not_kept(tmp_path, h
         assert "downloaded three times, each time with a wrong SHA-256" in line
         assert sum("GET" in r and "train_000002" in r for r in hub.requests) == 3
     kept = contents_of_files(tmp_path / "out").keys()
-    assert kept == {"finewebedu_val_000000.bin", "finewebedu_train_000001.bin"}
+    assert kept == {"finewebedu_val_000000.bin", "finewebedu_train_000001.bin", "manifest.json"}
     hub.faults.clear()
     from_hub("--pretokenized", 3, "--out_dir", tmp_path / "out")
     assert len(contents_of_files(tmp_path / "out")) == 5 and not (tmp_path / "out/.download").exists()
@@ -395,8 +531,6 @@ def test_the_trainer_reads_what_is_prepared(tmp_path, prepared):
     ],
 )
 def test_the_trainer_checks_the_manifest(tmp_path, prepared, change, message):
-    import shutil
-
     shutil.copytree(prepared, tmp_path / "shards")
     change(tmp_path / "shards")
     done = run("train_gpt2.py", "--data", tmp_path / "shards", "--preset", "tiny", "--device", "cpu", status=2)
@@ -404,8 +538,6 @@ def test_the_trainer_checks_the_manifest(tmp_path, prepared, change, message):
 
 
 def test_a_preparation_that_is_not_finished_is_no_data_yet(tmp_path, prepared):
-    import shutil
-
     shutil.copytree(prepared, tmp_path / "shards")
     path = tmp_path / "shards/manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(complete=False)))
@@ -417,7 +549,7 @@ def test_a_preparation_that_is_not_finished_is_no_data_yet(tmp_path, prepared):
 
 
 def refuse(capsys, *flags, status=2) -> str:
-    assert fineweb.main([str(f) for f in flags]) == status
+    assert run_script(fineweb.main, [str(f) for f in flags]) == status
     line = capsys.readouterr().err.split("\r")[-1].splitlines()[-1]
     assert line.startswith("fineweb.py: error: ")
     return line
@@ -436,7 +568,7 @@ def write_parquet(path, **columns):
         ("x.parquet", None, "x.parquet: no such file"),
         ("x.csv", lambda p: p.write_text("a,b"), "x.csv: neither .parquet nor .jsonl nor .txt"),
         ("x.parquet", lambda p: p.write_bytes(b"no parquet"), "x.parquet: cannot be read as parquet"),
-        ("x.parquet", lambda p: write_parquet(p, body=["a"]), "has no column text, but body"),
+        ("x.parquet", lambda p: write_parquet(p, body=["a"]), "has 0 columns text, but body"),
         ("x.parquet", lambda p: write_parquet(p, text=["a", None]), "x.parquet: document 1 has None in text"),
         ("x.parquet", lambda p: write_parquet(p, text=[1, 2]), "x.parquet: document 0 has 1 in text"),
         ("x.jsonl", lambda p: p.write_text('{"text": "a"}\n{'), "x.jsonl: document 1 is not a JSON object"),
@@ -445,6 +577,18 @@ def write_parquet(path, **columns):
         ("x.jsonl", lambda p: p.write_text('{"text": 7}'), "x.jsonl: document 0 has 7 in text, which is not text"),
         ("x.jsonl.gz", lambda p: p.write_bytes(b"no gzip"), "x.jsonl.gz: cannot be read"),
         ("x.txt", lambda p: p.write_bytes(b"caf\xe9"), "x.txt: not UTF-8 text (byte 3)"),
+        ("x.parquet", lambda p: write_bad_utf8(p), "x.parquet: document 1 has no UTF-8 text in text"),
+        ("x.jsonl", lambda p: p.write_text('{"text":' + "[" * 100_000), "document 0 is not a JSON object (maximum rec"),
+        ("x.jsonl", lambda p: p.write_text('{"text": [' + "1, " * 10_000 + "1]}"), "x.jsonl: document 0 has [1, 1, 1"),
+        ("x.jsonl", lambda p: p.write_text("7"), "x.jsonl: document 0 is not a JSON object"),
+        ("x.jsonl", lambda p: p.write_bytes(b'{"text": "caf\xe9"}'), "x.jsonl: document 0 is not a JSON object"),
+        ("x.jsonl", lambda p: p.write_text('{"a\\nb": 1}'), "x.jsonl: document 0 has no text, but a b"),
+        ("x.jsonl.gz", lambda p: p.write_bytes(gzip.compress(b'{"text": "a"}\n' * 99)[:-9]), "gz: cannot be read"),
+        ("x.parquet.gz", lambda p: p.write_bytes(b""), "x.parquet.gz: neither .parquet nor"),
+        ("x.txt.bak", lambda p: p.write_text("a"), "x.txt.bak: neither .parquet nor"),
+        ("x.txt", Path.mkdir, "x.txt: neither .parquet nor"),
+        ("x.txt", os.mkfifo, "x.txt: neither .parquet nor"),
+        ("x\ny.txt", None, "x y.txt: no such file"),
         ("x.txt", lambda p: p.write_bytes(b""), "1 tokens leave none to train on at --shard_size 50"),
         ("x.jsonl", lambda p: p.write_text(""), "0 tokens leave none to train on"),
         (
@@ -466,9 +610,11 @@ def test_a_wrong_source_is_one_line(tmp_path, capsys, name, make, message):
     "content, message",
     [
         ("{", "Expecting"),
-        ("[]", "no attribute"),
-        ("{}", "no complete"),
-        ('{"shards": [{}]}', "no complete, documents, n"),
+        ("[]", "expected source of type dict"),
+        ("{}", "expected source of type dict"),
+        ("[" * 100_000, "recursion"),
+        ('{"source": {}, "shards": [{}], "documents": 1, "complete": true}', "expected name of type str"),
+        ('{"source": {}, "shards": [], "documents": 1.5, "complete": true}', "expected documents of type int"),
     ],
 )
 def test_what_is_no_manifest_is_one_line(tmp_path, capsys, content, message):
@@ -480,11 +626,106 @@ def test_what_is_no_manifest_is_one_line(tmp_path, capsys, content, message):
         assert line.startswith(error) and message in line
 
 
+def write_bad_utf8(path):
+    import pyarrow as pa
+
+    offsets, content = np.array([0, 1, 3], np.int32), b"a\xff\xfe"
+    column = pa.StringArray.from_buffers(2, pa.py_buffer(offsets), pa.py_buffer(content))
+    write_parquet(path, text=column)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.jsonl.zst", "x.txt", "x.txt.gz"])
+def test_a_document_that_is_too_large_is_one_line(tmp_path, capsys, monkeypatch, name):
+    import pyarrow as pa
+
+    monkeypatch.setattr(fineweb, "MAX_DOCUMENT", 100_000)
+    content = json.dumps({"text": "x" * 5_000_000}).encode()
+    kind = {".gz": "gzip", ".zst": "zstd"}.get(Path(name).suffix)
+    with pa.CompressedOutputStream(str(tmp_path / name), kind) if kind else open(tmp_path / name, "wb") as f:
+        f.write(content)
+    line = refuse(capsys, "--files", tmp_path / name, "--out_dir", tmp_path / "out")
+    assert f"{name}: document 0 has over 100,000 bytes; split it" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--limit_tokens", 50, "--shard_size", 50], "--limit_tokens 50: must be more than --shard_size 50"),
+        (["--limit_tokens", 0], "--limit_tokens 0: must be at least 1"),
+        (["--shard_size", 0], "--shard_size 0: must be at least 1"),
+        (["--shard_size", 10**15], f"--shard_size {10**15}: a shard must fit in memory"),
+        (["--shard_size", 10**30], f"--shard_size {10**30}: a shard must fit in memory"),
+        (["--num_proc", 10**9], "--num_proc 1000000000: must be at most 1024"),
+        (["--num_proc", -1], "--num_proc -1: must be at least 1"),
+        (["--text_column", ""], "--text_column: is empty"),
+        (["--out_dir", ""], "--out_dir: is empty"),
+        (["--out_dir", "/proc"], "--out_dir /proc: cannot be written to"),
+        (["--out_dir", "/proc/no/such"], "--out_dir /proc/no/such: cannot be written to"),
+        (["--out_dir", "/dev/null"], "--out_dir /dev/null: cannot be written to"),
+        (["--out_dir", "x" * 300], "cannot be written to (File name too long)"),
+    ],
+)
+def test_wrong_flags_are_one_line(tmp_path, capsys, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    Path("x.txt").write_text("word " * 100)
+    flags = ["--files", "x.txt", "--out_dir", "out", "--shard_size", 50, *flags]
+    assert message in refuse(capsys, *flags)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
+
+
+@pytest.mark.parametrize("flag", ["--pretokenized", "--verify"])
+@pytest.mark.parametrize("value, message", [("", "is empty"), ("0", "0: must be a number"), ("-1", ""), ("no", "no")])
+def test_wrong_pretokenized_and_verify_are_one_line(tmp_path, capsys, monkeypatch, flag, value, message):
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert run_script(fineweb.main, [flag, value, "--out_dir", "out"]) == 2
+    except SystemExit as e:  # from argparse
+        assert e.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith("fineweb.py: error: ") and line.count("\n") == 1
+    assert message in line or flag == "--verify"
+    assert not list(tmp_path.iterdir())
+
+
+def test_as_many_tokens_as_a_shard_leave_nothing_behind(tmp_path, capsys):
+    (tmp_path / "x.txt").write_text(" word" * 49)
+    flags = "--files", tmp_path / "x.txt", "--out_dir", tmp_path / "out"
+    assert "50 tokens leave none to train on" in refuse(capsys, *flags, "--shard_size", 50)
+    assert not (tmp_path / "out").exists()
+    assert fineweb.main([str(f) for f in (*flags, "--shard_size", 5)]) == 0
+
+
+def test_a_file_name_with_brackets_is_found(tmp_path):
+    (tmp_path / "part[0].txt").write_text(" word" * 49)
+    flags = "--files", tmp_path / "part[0].txt", "--out_dir", tmp_path / "out", "--shard_size", 20
+    assert fineweb.main([str(f) for f in flags]) == 0
+
+
+@pytest.mark.parametrize("extra", [dict(), dict(cursor=None), dict(cursor=dict(file=0, document="x", tokens=0))])
+def test_shards_without_a_cursor_are_not_begun_again(tmp_path, few, capsys, extra):
+    """Else the documents would be in the data set twice."""
+    with killed(Path, "replace", 7, True):
+        fineweb.main([*few, str(tmp_path)])
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["cursor"]
+    path.write_text(json.dumps(manifest | extra))
+    assert "manifest.json: cannot be continued" in refuse(capsys, *few, tmp_path)
+
+
+def test_pretokenized_leaves_other_data_sets_alone(tmp_path, few, capsys):
+    assert fineweb.main([*few, str(tmp_path)]) == 0
+    before = contents(tmp_path)
+    assert "was begun with other settings" in refuse(capsys, "--pretokenized", 1, "--out_dir", tmp_path)
+    assert contents(tmp_path) == before
+
+
 def test_no_place_for_the_shards_is_one_line(tmp_path, capsys):
     (tmp_path / "x.txt").write_text("word")
     for out_dir in "x.txt", "x.txt/out":
         line = refuse(capsys, "--files", tmp_path / "x.txt", "--out_dir", tmp_path / out_dir)
-        assert f"--out_dir {tmp_path / out_dir}: cannot be written to; is {tmp_path}/x.txt a directory" in line
+        assert f"--out_dir {tmp_path / out_dir}: cannot be written to (Not a directory)" in line
 
 
 def test_going_on_with_other_settings_is_refused(tmp_path, capsys, parquet):
@@ -504,19 +745,46 @@ def test_a_full_disk_is_exit_4_and_keeps_what_there_is(tmp_path, parquet):
     done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 4, done.stderr
     line = done.stderr.splitlines()[-1]
-    assert "edufineweb_val_000000.npy" in line and "it takes 1,200,000 bytes and" in line and "are free" in line
-    assert not list((tmp_path / "out").iterdir())
+    assert "edufineweb_val_000000.npy: cannot be written (File too large); the same command continues after" in line
+    assert contents(tmp_path / "out").keys() == {"manifest.json"}
 
 
 def test_verify_names_what_differs(tmp_path, prepared, capsys):
-    import shutil
-
     shutil.copytree(prepared, tmp_path / "d")
     path = tmp_path / "d/edufineweb_train_000001.npy"
     os.truncate(path, path.stat().st_size - 2)
     (tmp_path / "d/edufineweb_train_000002.npy").unlink()
     line = refuse(capsys, "--verify", tmp_path / "d")
     assert "edufineweb_train_000001.npy does not match its SHA-256" in line and "000002.npy is missing" in line
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda d: replace_by_directory(d / "edufineweb_train_000001.npy"), "edufineweb_train_000001.npy is missing"),
+        (lambda d: (d / "x_train_9.npy").touch(), "x_train_9.npy is not in manifest.json"),
+        (lambda d: change_manifest(d, complete=False), "not all shards are written yet"),
+        (lambda d: change_manifest(d, shards=[dict(name=[], tokens=1, sha256="")]), "expected name of type str"),
+        (
+            lambda d: change_manifest(d, shards=[dict(name="../x.npy", tokens=1, sha256="")]),
+            "'../x.npy' is not the name",
+        ),
+    ],
+)
+def test_verify_refuses_what_the_trainer_refuses(tmp_path, prepared, capsys, change, message):
+    shutil.copytree(prepared, tmp_path / "d")
+    change(tmp_path / "d")
+    assert message in refuse(capsys, "--verify", tmp_path / "d")
+
+
+def replace_by_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def change_manifest(directory: Path, **change) -> None:
+    path = directory / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
 
 @pytest.mark.slow

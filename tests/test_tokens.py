@@ -1,13 +1,18 @@
 """tokens.py against the published ids, the `transformers` tokenizer, and files that are not what they should be."""
 
+import errno
+import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import ByteLevelBPETokenizer
 
 import tokens
 from conftest import BOOKS_TEXT, ROOT
@@ -24,6 +29,12 @@ def test_end_of_text_written_out_is_plain_text():
     ids = tokens.gpt2_encoding().encode_ordinary("a<|endoftext|>b")
     assert tokens.END_OF_TEXT not in ids
     assert tokens.gpt2_encoding().decode(ids) == "a<|endoftext|>b"
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    """GPT-2's byte-pair encoding by `tokenizers`, which shares no code with tiktoken."""
+    return ByteLevelBPETokenizer(str(ROOT / "assets/vocab.json"), str(ROOT / "assets/merges.txt"))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +59,8 @@ def test_equals_transformers_on_any_text(reference, text):
 
 
 def test_an_altered_vocabulary_is_refused(tmp_path):
-    shutil.copy(ROOT / "tokens.py", tmp_path)
+    for name in "errors.py", "tokens.py":
+        shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "assets", tmp_path / "assets")
     merges = tmp_path / "assets/merges.txt"
     merges.write_bytes(merges.read_bytes().replace(b"h e", b"e h", 1))
@@ -148,3 +160,82 @@ def test_a_directory_without_the_split_is_refused(tmp_path, names, message):
         (tmp_path / name).touch()
     with pytest.raises(tokens.ShardError, match=message):
         tokens.shard_paths(tmp_path, "val")
+
+
+def test_split_is_a_word_of_the_file_name(tmp_path):
+    train = "a-train-1.npy", "fineweb_train_000001.npy", "retrieval_train_1.npy", "train.npy", "val_of_x_train_2.npy"
+    val = "edufineweb_val_000000.npy", "a_constrained_val_1.npy"
+    for name in (*train, *val, "trainval_1.npy", "interval_3.npy"):
+        (tmp_path / name).touch()
+    assert [p.name for p in tokens.shard_paths(tmp_path, "train")] == sorted(train)
+    assert [p.name for p in tokens.shard_paths(tmp_path, "val")] == sorted(val)
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.bin"])
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda p: p.symlink_to("nowhere")])
+def test_what_is_no_regular_file_is_no_shard(tmp_path, name, make):
+    make(tmp_path / name)
+    with pytest.raises(tokens.ShardError, match=f"{name}: is not a regular file"):
+        tokens.open_shard(tmp_path / name)
+
+
+def test_oversized_npy_header_is_one_line(tmp_path):
+    header = str({"descr": "<u2", "fortran_order": False, "shape": (100,), "x": "y" * 20_000}).encode()
+    (tmp_path / "x.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(tokens.ShardError, match="expected a .npy header") as error:
+        tokens.open_shard(tmp_path / "x.npy")
+    assert "\n" not in str(error.value)
+
+
+# Text of which GPT-2's pattern makes the same pieces, however long its runs of whitespace
+
+
+@pytest.mark.parametrize("space", [" ", "\n"])
+def test_a_million_spaces_encode_as_in_gpt2(bpe, space):
+    text = "a" + space * 1_000_100 + "x"
+    assert np.array_equal(tokens.encode(text), bpe.encode(text).ids)
+
+
+spaces = st.text(st.sampled_from(" \n\t\r\x0b\x1c\x1f\x85\xa0\u1680\u2028\u3000\u200b\u180e"), max_size=12)
+words = st.sampled_from(["a", "'s", "12", "!?", "\u00e9", "\U0001f642", "<|endoftext|>"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.lists(spaces | words, max_size=8).map("".join), run=st.integers(1, 4))
+def test_cutting_whitespace_leaves_the_ids(bpe, text, run):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "LONG_RUN", run)
+        ids = tokens.encode(text)
+    assert ids.dtype == np.uint16 and ids.tolist() == bpe.encode(text).ids
+
+
+# Manifests
+
+
+GOOD = dict(name="a_train_000001.npy", tokens=1, sha256="0")
+
+
+@pytest.mark.parametrize(
+    "name", ["../a.npy", "/a.npy", "d/a.npy", "..", "", "d\\a.npy", ".npy", "a.npy\n", "a.txt", [], None]
+)
+def test_shard_names_in_manifests_are_bare(tmp_path, name):
+    manifest = dict(source={}, documents=1, complete=True, shards=[GOOD, GOOD | dict(name=name)])
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(tokens.ShardError, match="manifest.json: cannot be read as a manifest") as error:
+        tokens.read_manifest(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("step", ["write", "fsync", "replace"])
+def test_a_failed_write_removes_only_its_own_file(tmp_path, monkeypatch, step):
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "other.npy.partial").touch()
+    (tmp_path / "a.npy").write_bytes(b"old")
+    owner = {"write": np.lib.format, "fsync": os, "replace": Path}[step]
+    monkeypatch.setattr(owner, {"write": "write_array_header_1_0"}.get(step, step), fail)
+    with pytest.raises(tokens.UserError, match=r"a.npy: cannot be written \(No space left on device\)") as error:
+        tokens.write_shard(tmp_path / "a.npy", IDS)
+    assert error.value.status == 4
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"other.npy.partial": b"", "a.npy": b"old"}
