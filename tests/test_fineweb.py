@@ -165,6 +165,7 @@ def few(documents, tmp_path_factory, monkeypatch) -> list[str]:
     encoding = tokens.gpt2_encoding()
     monkeypatch.setattr(tokens, "load_encoding", lambda: encoding)
     monkeypatch.setattr(fineweb, "find_spec", lambda name: None)
+    monkeypatch.setattr(fineweb, "BATCH", 3)
     return ["--files", str(path), "--shard_size", str(tokens_each), "--out_dir"]
 
 
@@ -568,7 +569,7 @@ def write_parquet(path, **columns):
         ("x.parquet", None, "x.parquet: no such file"),
         ("x.csv", lambda p: p.write_text("a,b"), "x.csv: neither .parquet nor .jsonl nor .txt"),
         ("x.parquet", lambda p: p.write_bytes(b"no parquet"), "x.parquet: cannot be read as parquet"),
-        ("x.parquet", lambda p: write_parquet(p, body=["a"]), "has 0 columns text, but body"),
+        ("x.parquet", lambda p: write_parquet(p, body=["a"]), "has no column text, but body"),
         ("x.parquet", lambda p: write_parquet(p, text=["a", None]), "x.parquet: document 1 has None in text"),
         ("x.parquet", lambda p: write_parquet(p, text=[1, 2]), "x.parquet: document 0 has 1 in text"),
         ("x.jsonl", lambda p: p.write_text('{"text": "a"}\n{'), "x.jsonl: document 1 is not a JSON object"),
@@ -712,6 +713,22 @@ def test_shards_without_a_cursor_are_not_begun_again(tmp_path, few, capsys, extr
     del manifest["cursor"]
     path.write_text(json.dumps(manifest | extra))
     assert "manifest.json: cannot be continued" in refuse(capsys, *few, tmp_path)
+
+
+def test_a_source_that_ends_before_the_cursor_is_refused(tmp_path, few, capsys):
+    with killed(Path, "replace", 7, True):
+        fineweb.main([*few, str(tmp_path)])
+    source = Path(few[1])
+    source.write_text('{"text": ""}' + " " * (source.stat().st_size - 12))
+    before = contents(tmp_path)
+    assert "no tokens are left to continue with" in refuse(capsys, *few, tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_lost_shard_is_not_complete(tmp_path, few, capsys):
+    assert fineweb.main([*few, str(tmp_path)]) == 0
+    (tmp_path / "edufineweb_train_000002.npy").unlink()
+    assert "edufineweb_train_000002.npy: is missing" in refuse(capsys, *few, tmp_path)
 
 
 def test_pretokenized_leaves_other_data_sets_alone(tmp_path, few, capsys):
