@@ -70,7 +70,7 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where to continue: at this document of the source, of which and its successors these tokens are written."""
+    """Where to continue: from this document of this source file on, `tokens` tokens are already written."""
 
     file: int = 0
     document: int = 0
@@ -135,8 +135,8 @@ def read_parquet(path: Path, column: str, skip: int) -> Iterator[tuple[int, obje
     try:
         with pq.ParquetFile(path) as file:
             names, total = file.schema_arrow.names, file.metadata.num_rows
-            if names.count(column) != 1:
-                raise UserError(f"{path}: has {names.count(column)} columns {column}, but {', '.join(names)}")
+            if column not in names:
+                raise UserError(f"{path}: has no column {column}, but {', '.join(names)}")
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
                 if n + rows <= skip:
@@ -300,14 +300,18 @@ def encode_in_order(batches: Iterable[Batch], encoder: Encoder, num_proc: int) -
 # Writing: shards, and the manifest that says what they are
 
 
+def check_writable(directory: Path) -> None:
+    """Raise UserError if no files can be made in a directory or, if it is absent, in the nearest above it."""
+    try:
+        existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as e:
+        raise UserError(f"--out_dir {directory}: cannot be written to ({e.strerror})") from None
+
+
 def open_manifest(directory: Path, settings: dict) -> dict:
     """Return the manifest of what these settings have begun in a directory, or a new one. Raise UserError where others
-    have, where shards have no manifest, and where nothing can be written."""
-    existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
-    try:
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError:
-        raise UserError(f"--out_dir {directory}: cannot be written to; is {existing} a directory of yours?") from None
+    have, and where shards have no manifest."""
     if not (directory / "manifest.json").exists():
         if find_shards(directory):
             raise UserError(f"{directory}: holds shards but no manifest.json to continue from; use another --out_dir")
@@ -335,13 +339,16 @@ class ShardWriter:
             raise UserError(f"--shard_size {settings['shard_size']}: a shard must fit in memory") from None
         self.filled = 0
         self.manifest = open_manifest(directory, settings)
-        if not self.manifest["shards"]:
-            self.manifest["cursor"] = asdict(Cursor())
-        if not self.manifest["complete"]:
+        for shard in self.manifest["shards"]:
+            if not (directory / shard["name"]).is_file():
+                raise UserError(f"{directory / shard['name']}: is missing; restore it, or use another --out_dir")
+        self.cursor = Cursor()
+        if self.manifest["shards"] and not self.manifest["complete"]:
             try:
                 check_types(self.manifest, cursor=dict)
                 check_types(self.manifest["cursor"], file=int, document=int, tokens=int)
-            except ValueError as e:
+                self.cursor = Cursor(**self.manifest["cursor"])
+            except (TypeError, ValueError) as e:
                 raise ShardError(f"{directory / 'manifest.json'}: cannot be continued ({e})") from None
 
     def write(self, tokens: np.ndarray, cursor: Cursor, documents: int) -> None:
@@ -373,6 +380,8 @@ class ShardWriter:
         if not self.manifest["shards"]:
             hint = f"try --shard_size {max(1, self.filled // 10)}" if self.filled > 1 else "is the source empty?"
             raise UserError(f"{self.filled:,} tokens leave none to train on at --shard_size {len(self.buffer)}; {hint}")
+        if not self.filled:
+            raise UserError(f"{self.directory}: no tokens are left to continue with; has the source changed?")
         self.flush(documents=documents, complete=True)
 
 
@@ -412,7 +421,7 @@ def prepare(args: "Options") -> None:
     if out.manifest["complete"]:
         print(f"{args.out_dir} is complete: {describe(out.manifest)}")
         return
-    cursor, documents = Cursor(**out.manifest["cursor"]), out.manifest["documents"]
+    cursor, documents = out.cursor, out.manifest["documents"]
     skip, written = cursor.tokens, sum(shard["tokens"] for shard in out.manifest["shards"])
     if written:
         print(f"{args.out_dir}: continuing after {describe(out.manifest)}")
@@ -572,7 +581,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.verify:
             verify(args.verify)
-        elif n:
+            return 0
+        check_writable(args.out_dir)
+        if n:
             download(args.out_dir, None if n == "all" else int(n))
         else:
             prepare(args)

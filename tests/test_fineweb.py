@@ -2,6 +2,7 @@
 
 from errors import run_script
 
+import contextlib
 import errno
 import gzip
 import io
@@ -156,73 +157,69 @@ class Killed(BaseException):
     """What stands for SIGKILL: after it no file is touched any more."""
 
 
-@pytest.fixture(scope="module")
-def few(documents, tmp_path_factory) -> list[str]:
-    """Flags for 12 shards, the last of which is short."""
-    path = tmp_path_factory.mktemp("few") / "few.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[:40]))
-    size = sum(map(len, shards_of(documents[:40], 10**9).values())) // 2 // 12 + 10
-    return ["--files", str(path), "--shard_size", str(size), "--out_dir"]
-
-
 @pytest.fixture
-def kill(monkeypatch):
-    """Kill the process at call n of a function of the file system, before or after it."""
+def few(documents, tmp_path_factory, monkeypatch) -> list[str]:
+    """Flags for four shards, the last of which is short, that are encoded at once."""
+    path = tmp_path_factory.mktemp("few") / "few.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[:20]))
+    tokens_each = sum(len(bpe().encode(text).ids) + 1 for text in documents[:20]) // 4 + 3
+    encoding = tokens.gpt2_encoding()
+    monkeypatch.setattr(tokens, "load_encoding", lambda: encoding)
+    monkeypatch.setattr(fineweb, "find_spec", lambda name: None)
+    monkeypatch.setattr(fineweb, "BATCH", 3)
+    return ["--files", str(path), "--shard_size", str(tokens_each), "--out_dir"]
 
-    def kill(owner, name: str, n: int, after: bool):
-        calls, function, unlink = 0, getattr(owner, name), Path.unlink
 
-        def wrapper(*args):
-            nonlocal calls
-            calls += 1
-            result = function(*args) if calls < n or after else None
-            if calls >= n:
-                raise Killed
-            return result
+@contextlib.contextmanager
+def killed(owner, name: str, n: int, after: bool):
+    """Kill the process at call n of a function, before or after it."""
+    calls, function, unlink = 0, getattr(owner, name), Path.unlink
 
-        def unlink_of_the_living(*args, **kwargs):
-            return calls < n and unlink(*args, **kwargs)
+    def wrapper(*args):
+        nonlocal calls
+        calls += 1
+        result = function(*args) if calls < n or after else None
+        if calls >= n:
+            raise Killed
+        return result
 
-        monkeypatch.setattr(owner, name, wrapper)
-        monkeypatch.setattr(Path, "unlink", unlink_of_the_living)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, name, wrapper)
+        patch.setattr(Path, "unlink", lambda *args, **kwargs: calls < n and unlink(*args, **kwargs))
+        yield
 
-    return kill
+
+RENAMES = 9  # the empty manifest, and each of four shards and the manifest that names it
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_death_at_any_rename_is_harmless(tmp_path, few, kill, monkeypatch, after):
-    """The first is that of the empty manifest, the last that of the complete one."""
-    monkeypatch.setattr(fineweb, "find_spec", lambda name: None)
+def test_death_at_any_rename_is_harmless(tmp_path, few, after):
     assert fineweb.main([*few, str(tmp_path / "whole")]) == 0
     whole = contents(tmp_path / "whole")
-    renames = 2 * (len(whole) - 1) + 1
-    for n in range(1, renames + 1):
+    assert len(whole) == 1 + 4
+    for n in range(1, RENAMES + 1):
         out = tmp_path / f"killed-{n}"
-        with monkeypatch.context():
-            kill(Path, "replace", n, after)
-            with pytest.raises(Killed):
-                fineweb.main([*few, str(out)])
-            monkeypatch.undo()
-        monkeypatch.setattr(fineweb, "find_spec", lambda name: None)
+        with killed(Path, "replace", n, after):
+            fineweb.main([*few, str(out)])
         assert fineweb.main([*few, str(out)]) == 0
         assert contents(out) == whole, f"rename {n}"
+    with pytest.raises(pytest.fail.Exception), killed(Path, "replace", RENAMES + 1, after):
+        fineweb.main([*few, str(tmp_path / "no more")])
 
 
-def test_death_while_hashing_is_harmless(tmp_path, few, kill, monkeypatch):
+def test_death_while_hashing_is_harmless(tmp_path, few):
     assert fineweb.main([*few, str(tmp_path / "whole")]) == 0
-    kill(fineweb, "sha256", 1, False)
-    with pytest.raises(Killed):
+    with killed(fineweb, "sha256", 1, False):
         fineweb.main([*few, str(tmp_path / "out")])
-    monkeypatch.undo()
     assert fineweb.main([*few, str(tmp_path / "out")]) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_full_disk_then_the_same_command(tmp_path, few, monkeypatch, capsys):
+def test_a_full_disk_then_the_same_command(tmp_path, few, capsys):
     """At each write of a preparation, the first and the last manifest included."""
     assert fineweb.main([*few, str(tmp_path / "whole")]) == 0
     whole = contents(tmp_path / "whole")
-    for n in range(2 * (len(whole) - 1) + 1):
+    for n in range(RENAMES):
         writes = iter([True] * n)
 
         def fsync(fd, writes=writes):
@@ -230,10 +227,10 @@ def test_a_full_disk_then_the_same_command(tmp_path, few, monkeypatch, capsys):
                 raise OSError(errno.ENOSPC, "No space left on device")
 
         out = tmp_path / f"full-{n}"
-        monkeypatch.setattr(os, "fsync", fsync)
-        line = refuse(capsys, *few, out, status=4)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            line = refuse(capsys, *few, out, status=4)
         assert "cannot be written (No space left on device); the same command continues after" in line
-        monkeypatch.undo()
         assert not list(out.glob("*.partial"))
         assert fineweb.main([*few, str(out)]) == 0
         assert contents(out) == whole, f"write {n}"
@@ -573,7 +570,7 @@ def write_parquet(path, **columns):
         ("x.parquet", None, "x.parquet: no such file"),
         ("x.csv", lambda p: p.write_text("a,b"), "x.csv: neither .parquet nor .jsonl nor .txt"),
         ("x.parquet", lambda p: p.write_bytes(b"no parquet"), "x.parquet: cannot be read as parquet"),
-        ("x.parquet", lambda p: write_parquet(p, body=["a"]), "has 0 columns text, but body"),
+        ("x.parquet", lambda p: write_parquet(p, body=["a"]), "has no column text, but body"),
         ("x.parquet", lambda p: write_parquet(p, text=["a", None]), "x.parquet: document 1 has None in text"),
         ("x.parquet", lambda p: write_parquet(p, text=[1, 2]), "x.parquet: document 0 has 1 in text"),
         ("x.jsonl", lambda p: p.write_text('{"text": "a"}\n{'), "x.jsonl: document 1 is not a JSON object"),
@@ -668,14 +665,14 @@ def test_a_document_that_is_too_large_is_one_line(tmp_path, capsys, monkeypatch,
         (["--out_dir", "/proc"], "--out_dir /proc: cannot be written to"),
         (["--out_dir", "/proc/no/such"], "--out_dir /proc/no/such: cannot be written to"),
         (["--out_dir", "/dev/null"], "--out_dir /dev/null: cannot be written to"),
-        (["--out_dir", "x" * 300], "cannot be made (File name too long)"),
+        (["--out_dir", "x" * 300], "cannot be written to (File name too long)"),
     ],
 )
 def test_wrong_flags_are_one_line(tmp_path, capsys, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     Path("x.txt").write_text("word " * 100)
     flags = ["--files", "x.txt", "--out_dir", "out", "--shard_size", 50, *flags]
-    assert message in refuse(capsys, *flags, status=4 if "made" in message else 2)
+    assert message in refuse(capsys, *flags)
     assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
 
 
@@ -708,17 +705,31 @@ def test_a_file_name_with_brackets_is_found(tmp_path):
 
 
 @pytest.mark.parametrize("extra", [dict(), dict(cursor=None), dict(cursor=dict(file=0, document="x", tokens=0))])
-def test_shards_without_a_cursor_are_not_begun_again(tmp_path, few, capsys, kill, monkeypatch, extra):
+def test_shards_without_a_cursor_are_not_begun_again(tmp_path, few, capsys, extra):
     """Else the documents would be in the data set twice."""
-    kill(Path, "replace", 7, True)
-    with pytest.raises(Killed):
+    with killed(Path, "replace", 7, True):
         fineweb.main([*few, str(tmp_path)])
-    monkeypatch.undo()
     path = tmp_path / "manifest.json"
     manifest = json.loads(path.read_text())
     del manifest["cursor"]
     path.write_text(json.dumps(manifest | extra))
     assert "manifest.json: cannot be continued" in refuse(capsys, *few, tmp_path)
+
+
+def test_a_source_that_ends_before_the_cursor_is_refused(tmp_path, few, capsys):
+    with killed(Path, "replace", 7, True):
+        fineweb.main([*few, str(tmp_path)])
+    source = Path(few[1])
+    source.write_text('{"text": ""}' + " " * (source.stat().st_size - 12))
+    before = contents(tmp_path)
+    assert "no tokens are left to continue with" in refuse(capsys, *few, tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_lost_shard_is_not_complete(tmp_path, few, capsys):
+    assert fineweb.main([*few, str(tmp_path)]) == 0
+    (tmp_path / "edufineweb_train_000002.npy").unlink()
+    assert "edufineweb_train_000002.npy: is missing" in refuse(capsys, *few, tmp_path)
 
 
 def test_pretokenized_leaves_other_data_sets_alone(tmp_path, few, capsys):
@@ -732,7 +743,7 @@ def test_no_place_for_the_shards_is_one_line(tmp_path, capsys):
     (tmp_path / "x.txt").write_text("word")
     for out_dir in "x.txt", "x.txt/out":
         line = refuse(capsys, "--files", tmp_path / "x.txt", "--out_dir", tmp_path / out_dir)
-        assert f"--out_dir {tmp_path / out_dir}: cannot be written to; is {tmp_path}/x.txt a directory" in line
+        assert f"--out_dir {tmp_path / out_dir}: cannot be written to (Not a directory)" in line
 
 
 def test_going_on_with_other_settings_is_refused(tmp_path, capsys, parquet):
