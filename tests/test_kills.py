@@ -24,6 +24,7 @@ from conftest import (
     with_fault,
 )
 from model import GPT, GPTConfig
+from runs import compiling_above
 from runtime import checkpoint
 
 
@@ -76,18 +77,21 @@ def test_run_killed_at_random_moments_is_bitwise(tmp_path, text, undisturbed, ki
 
 @pytest.mark.slow
 def test_killed_compiled_bfloat16_run_is_bitwise(tmp_path, text):
-    """At the default settings of a CPU that has bfloat16, on two threads."""
-    flags = *RUN, "--data", text, "--dtype", "bfloat16", "--compile", "on", "--max_steps", 60, "--resume"
+    """In bfloat16 on two threads; --compile auto compiles, as the whole run is long enough, and what is left is not."""
+    script = tmp_path / "compiling.py"
+    script.write_text(compiling_above(40 * 512 * 6 * 50304 * 64))
+    flags = *RUN, "--data", text, "--dtype", "bfloat16", "--compile", "auto", "--max_steps", 60, "--resume"
     flags += "--total_batch_size", 512, "--micro_batch_size", 16
     env = dict(OMP_NUM_THREADS="2")
-    run("train_gpt2.py", *flags, "--log_dir", tmp_path / "whole", env=env)
+    whole = run(script, *flags, "--log_dir", tmp_path / "whole", env=env)
     log = tmp_path / "log"
     for step in 8, 29:
-        process = start(*flags, "--log_dir", log, **env)
+        process = start(*flags, "--log_dir", log, script=script, **env)
         wait_for_step(log, step, process)
         process.kill()
         process.communicate()
-    assert "resumed" in run("train_gpt2.py", *flags, "--log_dir", log, env=env).stdout
+    done = run(script, *flags, "--log_dir", log, env=env)
+    assert "resumed" in done.stdout and "not compiled" not in whole.stdout + done.stdout
     assert_same_run(log, tmp_path / "whole")
 
 
