@@ -239,7 +239,7 @@ class Trainer:
         return 143 if sigterm else 130 if sigint else 0
 
     def is_due(self, every: int) -> bool:
-        """Return whether what is done every so many steps, and at the end, is done at this one."""
+        """Return whether something that is done every N steps, and at the end, is done at this one."""
         return every > 0 and (self.step % every == 0 or self.step == self.config.max_steps)
 
     def mfu(self, stats: StepStats) -> float | None:

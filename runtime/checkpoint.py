@@ -8,6 +8,7 @@ renamed: the rename is the commit. Nothing here knows of ranks.
 
 from errors import UserError, first_line
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -15,7 +16,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -258,13 +259,20 @@ def load(directory: Path) -> tuple[GPT, dict]:
 
 def load_model(flag: str, name_or_dir: str | Path) -> GPT:
     """Return the model with GPT-2's vocabulary that this flag names: a directory, or a name on the hub."""
-    try:
+    with errors_of(flag, name_or_dir):
         model = GPT.from_pretrained(name_or_dir)
-    except Exception as e:  # whatever a hub's client may raise, or a file that is not a model
-        raise UserError(f"{flag} {name_or_dir}: no GPT-2 there, or the hub does not answer: {first_line(e)}") from None
     if model.config.vocab_size < VOCAB_SIZE:
         raise UserError(f"{flag} {name_or_dir}: has {model.config.vocab_size} tokens, not GPT-2's {VOCAB_SIZE}")
     return model
+
+
+@contextlib.contextmanager
+def errors_of(flag: str, name_or_dir: str | Path) -> Iterator[None]:
+    """Raise UserError for whatever a hub's client may raise, or a file that is not a model."""
+    try:
+        yield
+    except Exception as e:
+        raise UserError(f"{flag} {name_or_dir}: cannot be loaded as a GPT-2: {first_line(e)}") from None
 
 
 def canonical(record: dict) -> bytes:

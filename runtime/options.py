@@ -92,7 +92,10 @@ def value_type(f) -> type:
 def check_values(cls, values: dict) -> None:
     """Raise UserError if one of these values is not what its option allows."""
     for f in fields(cls):
-        value = values.get(f.name)
+        value, kind = values.get(f.name), value_type(f)
+        expected = float | int if kind is float else kind
+        if value is not None and get_origin(f.type) is not tuple and not isinstance(value, expected):
+            raise UserError(f"--{f.name} {value!r}: must be of type {kind.__name__}")
         low, high = f.metadata.get("low", 0), f.metadata.get("high", 2**40)
         if isinstance(value, int | float) and not low <= value <= high:  # NaN is not, either
             raise UserError(f"--{f.name} {value}: must be from {low:g} to {high:g}")

@@ -1,6 +1,6 @@
 """How flags, preset, checkpoint and data become the final configuration of a run."""
 
-from errors import UserError, first_line
+from errors import UserError
 
 import math
 from dataclasses import asdict, dataclass, replace
@@ -129,12 +129,8 @@ def resumed_config(flags: dict, resume_from: Path, record: dict, ranks: int) -> 
 
 def pretrained_config(flags: dict) -> GPTConfig:
     """Return the configuration of the model that --init_from names. Raise UserError if flags contradict it."""
-    name = flags["init_from"]
-    try:
-        config = GPTConfig.from_pretrained(name)
-    except Exception as e:  # whatever a hub's client may raise, or a file that is not a model
-        message = f"--init_from {name}: no GPT-2 there, or the hub does not answer: {first_line(e)}"
-        raise UserError(message) from None
+    with checkpoint.errors_of("--init_from", flags["init_from"]):
+        config = GPTConfig.from_pretrained(flags["init_from"])
     for option in "n_layer", "n_head", "n_embd", "bias":
         if flags.get(option, getattr(config, option)) != getattr(config, option):
             value = getattr(config, option)
@@ -254,7 +250,7 @@ def divisor_up_to(limit: int, n: int) -> int:
 
 
 def estimate_micro_batch_size(model: GPT, free: float) -> int:
-    """Estimate the largest micro-batch that fits into so many bytes. (One that is too large is halved later.)
+    """Estimate the largest micro-batch that fits into this many bytes. (One that is too large is halved later.)
 
     Weights, gradients and Adam's moments take 16 bytes a parameter. A token's activations in mixed precision take about
     48 bytes a channel and layer, and its logits, with their copies and gradients, 18 bytes an entry.

@@ -182,9 +182,9 @@ def test_the_script(saved, tmp_path):
         (["-m", "MODEL", "--data", "two\nlines"], "--data: no such file: two lines"),
         (["-m", "MODEL", "--data", "x" * 300], "--data: no such file: xxx"),
         (["-m", "MODEL", "-d", "hpu"], "-d/--device: PyTorch finds no device hpu here"),
-        (["-m", ""], "--model_type : no GPT-2 there"),
+        (["-m", ""], "--model: is empty"),
         (["-m", "MODEL", "--save_predictions", "x" * 300], "--save_predictions: cannot write xxx"),
-        (["-m", "NAN"], "NAN: no GPT-2 there, or out of reach: "),
+        (["-m", "NAN"], "NAN: cannot be loaded as a GPT-2: "),
         (["-m", "HUGE"], "HUGE: its log-probabilities in float16 are not finite"),
         (["-m", "MODEL", "--limit", "ten"], "--limit: invalid int value: 'ten'; see --help"),
         (

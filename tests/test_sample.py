@@ -123,16 +123,16 @@ def test_tiny_temperature_takes_the_most_likely_token(saved, capsys, temperature
     "flags, message",
     [
         ("--prompt x", "no checkpoint in log/: train a model with python train_gpt2.py"),
-        ("--prompt x --model nowhere/at/all", "--model nowhere/at/all: no GPT-2 there, or out of reach"),
+        ("--prompt x --model nowhere/at/all", "--model nowhere/at/all: cannot be loaded as a GPT-2"),
         ("--prompt x --temperature nan", "--temperature: must be from 0 to 100, found nan; see --help"),
         ("--prompt x --num_samples 0", "--num_samples: must be from 1 to 1e+06, found 0"),
         ("--prompt x --top_p 0", "--top_p: must be from 1e-06 to 1, found 0"),
         ("--prompt x --seed 99999999999999999999999", "--seed: must be from 0 to 1e+18, found 99999999999999999999999"),
         (
             "--prompt x --model ../x/step_000001",
-            "no GPT-2 there, or out of reach: no such directory; in ../x there is garbage",
+            "cannot be loaded as a GPT-2: no such directory; in ../x there is garbage",
         ),
-        ("--prompt x --model garbage", "--model garbage: no GPT-2 there, or out of reach"),
+        ("--prompt x --model garbage", "--model garbage: cannot be loaded as a GPT-2"),
         ("--prompt x --prompt_file y", "--prompt and --prompt_file: give one of them"),
         ("--prompt_file nowhere.txt", "--prompt_file nowhere.txt: No such file or directory"),
         ("--prompt_file latin1.txt", "--prompt_file latin1.txt: the prompt is not utf-8 text (byte 1)"),
@@ -147,7 +147,7 @@ def test_tiny_temperature_takes_the_most_likely_token(saved, capsys, temperature
         ("--prompt x --device meta", "--device: PyTorch finds no device meta here"),
         (
             "--prompt x --model nan",
-            "--model nan: no GPT-2 there, or out of reach: nan: h.0.ln_1.weight: holds values that are not finite",
+            "--model nan: cannot be loaded as a GPT-2: nan: h.0.ln_1.weight: holds values that are not finite",
         ),
         ("--prompt_file .", "--prompt_file .: Is a directory"),
         ("--prompt", "--prompt: expected one argument"),
