@@ -33,7 +33,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data import (
+from runtime.options import option, parse_options
+from runtime.shards import (
     ShardError,
     check_types,
     find_shards,
@@ -44,7 +45,6 @@ from data import (
     write_manifest,
     write_shard,
 )
-from runtime.options import option, parse_options
 from tokens import END_OF_TEXT, SHA256, encode, gpt2_encoding, sha256
 
 ROOT = Path(__file__).resolve().parent

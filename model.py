@@ -116,7 +116,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key, value for all heads
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.attn_dropout = nn.Dropout(config.dropout)
+        self.attn_dropout = nn.Dropout(config.dropout)  # holds the probability for scaled_dot_product_attention
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, cache: KVCache | None = None) -> torch.Tensor:
@@ -178,7 +178,8 @@ class KVCache:
         B, nh, T, hs = k.size()
         if self.length == 0:
             dtype = torch.float32 if k.device.type == "cpu" else k.dtype
-            self.k, self.v = (k.new_empty(B, nh, self.block_size, hs, dtype=dtype) for _ in range(2))
+            self.k = k.new_empty(B, nh, self.block_size, hs, dtype=dtype)
+            self.v = k.new_empty(B, nh, self.block_size, hs, dtype=dtype)
         self.k[:, :, self.length : self.length + T] = k
         self.v[:, :, self.length : self.length + T] = v
         self.length += T
@@ -335,7 +336,7 @@ class GPT(nn.Module):
         state = {name.removeprefix("transformer."): t for name, t in state.items()}  # the hub's "gpt2" has no prefix
         for name, p in self.transformer.named_parameters():
             rows = self.config.vocab_size if name == "wte.weight" else len(p)
-            ours = p.t() if _is_conv1d(name, p) else p[:rows]
+            ours = p.t() if _is_conv1d(name, p) else p[:rows]  # a view: what is copied there is in p
             theirs = state.pop(name, None)
             if theirs is None or theirs.shape != ours.shape:
                 found = "nothing" if theirs is None else tuple(theirs.shape)

@@ -30,10 +30,13 @@ class Muon(torch.optim.AdamW):
     def __init__(self, groups: list[dict], dtype: torch.dtype, **options):
         super().__init__(groups, **options)
         self.dtype = dtype
-        self._step_supports_amp_scaling = False  # a step that float16's scaler skips has to be skipped for both
+        # Let GradScaler skip a whole step with infinite gradients. Fused AdamW would skip inside its kernel, after the
+        # matrices are updated.
+        self._step_supports_amp_scaling = False
 
     def __setstate__(self, state: dict) -> None:
-        torch.optim.Optimizer.__setstate__(self, state)  # Adam's looks for its own state in every group
+        # For load_state_dict. Adam's version reads "step" in the state of all parameters; matrices have no "step".
+        torch.optim.Optimizer.__setstate__(self, state)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -45,9 +48,9 @@ class Muon(torch.optim.AdamW):
             for p in group["params"]:
                 if p not in self.state:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum, update = self.state[p]["momentum"], p.grad
+                momentum = self.state[p]["momentum"]
                 momentum.lerp_(p.grad, 1 - MOMENTUM)
-                update.lerp_(momentum, MOMENTUM)
+                update = p.grad.lerp_(momentum, MOMENTUM)  # in place: the gradient is not needed again
                 p.mul_(1 - lr * group["weight_decay"])
                 p.grad = None  # AdamW skips what has no gradient
                 for M, U in zip(p.chunk(group["parts"]), update.chunk(group["parts"]), strict=True):

@@ -36,7 +36,7 @@ class TrainConfig:
 
     preset: str | None = option(
         None,
-        "size and recipe to start from, listed below (default: tiny on a CPU, small on a GPU, gpt2 there with shards)",
+        "size and recipe to start from, listed below (default: tiny on a CPU; on a GPU gpt2 for shards, else small)",
         choices=tuple(PRESETS),
     )
     n_layer: int = option(12, "number of layers", low=1, high=1000)

@@ -63,47 +63,49 @@ class Trainer:
 
     def __init__(self, plan: Plan, data: Data, dist: Distributed):
         self.plan, self.config, self.dist = plan, plan.config, dist
-        self.step = self.saved_step = plan.record["step"] if plan.record else 0
+        self.step = plan.record["step"] if plan.record else 0  # the number of steps taken, and of the next one
+        self.saved_step = self.step  # a resumed step is not saved again
         self.evaluated_step = self.step if plan.record and plan.record["evaluated"] else -1
         self.val_loss: float | None = None  # at evaluated_step
-        self.stop_signal: int = 0  # that the ranks have agreed to stop for
-        self.checkpoint_failed = False
+        self.stop_signal = 0  # number of the signal that all ranks stop for
+        self.checkpoint_failed = False  # on the main rank, which all ranks know of
         self.autocast = torch.autocast(
             self.config.device, getattr(torch, self.config.dtype), enabled=self.config.dtype != "float32"
         )
         self.log = RunLog(self.config, dist.is_main)
         with dist.agree():
             dist.set_device(self.config.device)
-            if data.fingerprint != plan.data:
+            if data.fingerprint != plan.data_fingerprint:
                 raise UserError(f"--data {self.config.data}: rank {dist.rank} has other data than rank 0")
             T, seed = self.config.seq_len, self.config.seed
             self.train_loader = DataLoaderLite(data.train, T, seed, shuffle_first=data.is_text)
             self.val_loader = DataLoaderLite(data.val, T)
         self.build_model()
-        self.examples = self.load_hellaswag()
         for line in plan.lines:
             self.log.print(line)
+        self.examples = dist.from_main(self.read_hellaswag)
         if self.step < self.config.max_steps:
             self.compile_and_fit()
         if self.config.max_steps and not self.config.dry_run:  # a run of no steps only evaluates
             metadata = run_metadata(self.config, dist.size, self.raw_model.num_parameters(), data.n_tokens)
             dist.from_main(lambda: self.log.open(self.step, plan.resume_from, metadata))
         self.start_loading()
-        self.stop, self.writer = StopSignals(), checkpoint.Writer()
+        self.writer = checkpoint.Writer(self.log.dir, self.config.keep, self.log.print)
+        self.signals = StopSignals()
 
     # -- The loop
 
     def train(self) -> int:
         """Train up to max_steps, or until a signal; return the exit status."""
         while True:
-            last_step = self.step == self.config.max_steps
+            finished = self.step == self.config.max_steps
             if self.checkpoint_failed:
                 self.dist.from_main(self.writer.wait)  # raises on all ranks what went wrong
             if not self.stop_signal:
                 self.run_evals()
-            if self.step > self.saved_step and (last_step or self.stop_signal or self.is_due(self.config.save_every)):
+            if self.step > self.saved_step and (finished or self.stop_signal or self.is_due(self.config.save_every)):
                 self.save_checkpoint()
-            if last_step or self.stop_signal:
+            if finished or self.stop_signal:
                 return self.finish()
             stats = self.train_step()
             self.log.step(self.step, stats, self.mfu(stats))
@@ -127,14 +129,17 @@ class Trainer:
             self.scaler.scale(loss).backward()
             loss_sum += loss.detach()
         self.scaler.unscale_(self.optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
-        # The one time in a step that the host waits for the device. All ranks learn what any of them has seen.
-        loss, grad_norm, sigterm, sigint, failed = self.dist.sum(
-            loss_sum / self.dist.size, grad_norm / self.dist.size, *self.stop.received, self.writer.failed
+        max_norm = self.config.grad_clip or math.inf  # an infinite one only measures the norm
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+        # The only time in a step that the host waits for the device. DDP has averaged the gradients, so all ranks have
+        # the same grad_norm. A signal or a failure of one rank reaches all.
+        loss, grad_norm, sigterm, sigint, failed = self.dist.sum_scalars(
+            loss_sum / self.dist.size, grad_norm / self.dist.size, *self.signals.received, self.writer.failed
         )
         self.stop_signal = signal.SIGTERM if sigterm else signal.SIGINT if sigint else 0
         self.checkpoint_failed = failed > 0
-        # A float16 scaler expects infinite norms: it skips the step and halves the scale, down to 1.
+        # With float16, an infinite norm is normal while the scale is at least 1: the scaler skips the step and halves
+        # the scale. Below 1 the gradient itself overflows.
         finite = math.isfinite(grad_norm) or (self.scaler.is_enabled() and self.scaler.get_scale() >= 1)
         if not (math.isfinite(loss) and finite):
             values = f"loss {loss:g}, gradient norm {grad_norm:g}"
@@ -163,7 +168,10 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, n_sequences: int) -> float:
-        """Return the mean loss over the first n validation sequences: the same ones for any micro-batch and ranks."""
+        """Return the mean loss over the first n validation sequences: the same ones for any micro-batch and ranks.
+
+        Use the raw model: ranks may have different numbers of batches, and a smaller last one would be compiled anew.
+        """
         self.raw_model.eval()
         n, B = min(self.val_loader.n_rows, max(1, n_sequences)), self.config.micro_batch_size
         total = torch.zeros((), device=self.dist.device)
@@ -174,7 +182,7 @@ class Trainer:
                 _, loss = self.raw_model(x, y)
             total += loss * len(numbers)
         self.raw_model.train()
-        (total,) = self.dist.sum(total)
+        (total,) = self.dist.sum_scalars(total)
         return total / n
 
     def evaluate_hellaswag(self) -> float:
@@ -202,30 +210,16 @@ class Trainer:
         """Copy the state and write it in a thread. Raise UserError if the weights give no finite loss."""
         evaluated = self.evaluated_step == self.step
         val_loss = self.val_loss if evaluated else None
-        one_batch = self.config.micro_batch_size * self.dist.size
-        loss = self.evaluate(one_batch) if val_loss is None else val_loss
+        # What the last step has made may not be finite. Where no validation is due, one batch shows it.
+        loss = self.evaluate(self.config.micro_batch_size * self.dist.size) if val_loss is None else val_loss
         if not math.isfinite(loss):
             message = f"the validation loss is {loss:g} after step {self.step - 1}; no checkpoint is written"
             raise UserError(f"step {self.step}: {message}; try a lower --max_lr", 3, agreed=True)
         record = dict(step=self.step, validation_loss=val_loss, evaluated=evaluated, ranks=self.dist.size)
-        record |= dict(config=asdict(self.config), flags=self.plan.machine_flags, data=self.plan.data)
-        self.dist.from_main(lambda: self.start_checkpoint(record))
-        self.saved_step = self.step
-
-    def start_checkpoint(self, record: dict) -> None:
-        """Start to write a checkpoint with this record, once the one before is written."""
-        logs = self.log.contents()
-
-        def write(model: GPT, trainer_state: dict) -> None:
-            directory = checkpoint.save(self.log.dir, model, trainer_state, logs, record)
-            self.log.print(f"step {record['step']}: saved {directory}")
-            for line in checkpoint.prune(self.log.dir, self.config.keep):
-                self.log.print(line)
-
-        self.writer.wait()
+        record |= dict(config=asdict(self.config), flags=self.plan.machine_flags, data=self.plan.data_fingerprint)
         state = dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
-        with oom_as_user_error("the copy that a checkpoint is written from"):
-            self.writer.start(write, self.raw_model, state)
+        self.dist.from_main(lambda: self.writer.start(self.raw_model, state, self.log.contents(), record))
+        self.saved_step = self.step
 
     def finish(self) -> int:
         """Wait for the last checkpoint; return the exit status."""
@@ -235,12 +229,14 @@ class Trainer:
             self.log.print(f"stopped by {name} after step {self.step - 1}; add --resume to continue")
             return 128 + self.stop_signal
         self.log.plot()
-        sigterm, sigint = self.dist.sum(*self.stop.received)  # while the last checkpoint was written
+        # A signal that came while the last checkpoint was written still sets the exit status.
+        sigterm, sigint = self.dist.sum_scalars(*self.signals.received)
         return 143 if sigterm else 130 if sigint else 0
 
-    def is_due(self, every: int) -> bool:
-        """Return whether something that is done every N steps, and at the end, is done at this one."""
-        return every > 0 and (self.step % every == 0 or self.step == self.config.max_steps)
+    def is_due(self, every: int, step: int | None = None) -> bool:
+        """Return whether something that is done every N steps, and at the end, is done at this step, or at another."""
+        step = self.step if step is None else step
+        return every > 0 and (step % every == 0 or step == self.config.max_steps)
 
     def mfu(self, stats: StepStats) -> float | None:
         """Return the model FLOPs utilization of a step; None where the device's peak is not known."""
@@ -256,7 +252,7 @@ class Trainer:
             return 0
         seconds = sorted(self.train_step().seconds for _ in range(4))[1]  # the first is slow, the fastest may be luck
         steps = range(self.step, config.max_steps + 1)
-        evaluations = sum(config.eval_every > 0 and (s % config.eval_every == 0 or s == steps[-1]) for s in steps)
+        evaluations = sum(self.is_due(config.eval_every, step) for step in steps)
         eval_tokens = min(config.eval_tokens, self.val_loader.n_rows * config.seq_len)
         evaluation = seconds / 3 * eval_tokens / config.total_batch_size  # forward alone is a third of the work
         total = timedelta(seconds=round(seconds * (len(steps) - 1) + evaluations * evaluation))
@@ -283,13 +279,13 @@ class Trainer:
         config, dist, state = self.config, self.dist, None
         with dist.agree(), oom_as_user_error("the model"):
             torch.manual_seed(config.seed)
-            if self.plan.resume_from and dist.is_main:
+            if not dist.is_main or not (self.plan.resume_from or config.init_from):
+                model = GPT(self.plan.model_config)
+            elif self.plan.resume_from:
                 model, state = checkpoint.load(self.plan.resume_from)
-            elif config.init_from and not self.plan.resume_from and dist.is_main:
+            else:
                 model = checkpoint.load_model("--init_from", config.init_from)
                 model.crop_block_size(config.seq_len)
-            else:
-                model = GPT(self.plan.model_config)
             model.set_dropout(config.dropout)
             self.raw_model = model.to(dist.device)
         dist.broadcast_parameters(self.raw_model)
@@ -306,25 +302,19 @@ class Trainer:
             if self.scaler.is_enabled() and state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
 
-    def load_hellaswag(self) -> list[hellaswag.Example] | None:
+    def read_hellaswag(self) -> list[hellaswag.Example] | None:
         """Return HellaSwag's examples; None if they are not evaluated, or cannot be had, which costs one line."""
         if not self.config.hellaswag_every or self.config.dry_run:
             return None
-
-        def read() -> tuple[list[hellaswag.Example] | None, str]:
-            try:
-                examples = hellaswag.read_examples(hellaswag.find_file(), hellaswag.render_nanogpt)
-                hellaswag.make_rows(examples, self.config.seq_len)
-                return examples, ""
-            except UserError as e:
-                if e.status == 2:
-                    raise UserError(f"--hellaswag_every: {e}; 0 leaves HellaSwag out") from None
-                return None, f"no HellaSwag evaluation: {e}"
-
-        examples, problem = self.dist.from_main(read)
-        if problem:
-            self.log.print(problem)
-        return examples
+        try:
+            examples = hellaswag.read_examples(hellaswag.find_file(), hellaswag.render_nanogpt)
+            hellaswag.make_rows(examples, self.config.seq_len)  # raises if one does not fit
+            return examples
+        except UserError as e:
+            if e.status == 2:
+                raise UserError(f"--hellaswag_every: {e}; 0 leaves HellaSwag out") from None
+            self.log.print(f"no HellaSwag evaluation: {e}")
+            return None
 
     def compile_and_fit(self) -> None:
         """Compile, wrap in DDP and run a probe step; halve the micro-batch on out-of-memory, or run eager if compiling
@@ -334,7 +324,7 @@ class Trainer:
         self.wrap_model(compiled)
         while True:
             out_of_memory, compile_error = self.probe(B)
-            any_out_of_memory, any_compile_error = dist.sum(out_of_memory, bool(compile_error))
+            any_out_of_memory, any_compile_error = dist.sum_scalars(out_of_memory, bool(compile_error))
             if any_compile_error:
                 compiled = False
                 self.log.print(f"not compiled, torch.compile failed: {compile_error or 'on another rank'}")
@@ -356,6 +346,7 @@ class Trainer:
             # After its first step with communication, DDP rebuilds its buckets, and with them the order in which
             # gradients are summed. Do that step here, so that all steps of a run, resumed or not, use the same order.
             self.probe(B, communicate=True)
+        # From here on self.config, and no longer the plan, has the micro-batch and compile mode that are used.
         self.config = replace(config, micro_batch_size=B, compile="on" if compiled else "off")
 
     def wrap_model(self, compiled: bool) -> None:
@@ -370,7 +361,7 @@ class Trainer:
         if they could not be compiled."""
         out_of_memory, compile_error = False, ""
         try:
-            self.run_passes(B, communicate)
+            self.use_memory_of_a_step(B, communicate)
         except Exception as e:  # not kept: its traceback holds the frame of run_passes, and all that was made there
             out_of_memory = is_out_of_memory(e)
             if not out_of_memory and not isinstance(e, torch._dynamo.exc.TorchDynamoException):
@@ -379,11 +370,12 @@ class Trainer:
         self.raw_model.zero_grad(set_to_none=True)
         return out_of_memory, compile_error
 
-    def run_passes(self, B: int, communicate: bool) -> None:
-        """Take as much memory as a step does: the moments of the optimizer, earlier gradients, both kinds of passes."""
+    def use_memory_of_a_step(self, B: int, communicate: bool) -> None:
+        """Hold what a step holds: the optimizer's moments, gradients of earlier micro-steps, both kinds of passes."""
         config = self.config
         parameters = list(self.raw_model.parameters())
-        moments = [torch.empty_like(p) for p in parameters for _ in range(0 if self.optimizer.state else 2)]
+        n_moments = 0 if self.optimizer.state else 2  # a resumed optimizer has its moments already
+        moments = [torch.empty_like(p) for p in parameters for _ in range(n_moments)]
         if B * config.seq_len * self.dist.size < config.total_batch_size and not communicate:
             for p in parameters:
                 p.grad = torch.zeros_like(p)
@@ -408,7 +400,7 @@ class Trainer:
         """Wait for the writer, and give back what the run has taken."""
         if error := self.writer.close():
             print_error("train_gpt2.py", error, 4)
-        self.stop.restore()
+        self.signals.restore()
         self.micro_batches.close()
         self.log.close()
 
@@ -428,14 +420,14 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("torchrun --max-restarts: add --resume without DIR; a restart takes the newest checkpoint")
     torch.set_float32_matmul_precision("high")  # TF32, for what is left in float32
     with Distributed(flags.get("dist_timeout", TrainConfig.dist_timeout)) as dist:
-        plan = dist.from_main(lambda: merge_flags(flags, dist.size))  # decided on the main rank, for all
-        dist.set_timeout(plan.config.dist_timeout)
+        draft = dist.from_main(lambda: merge_flags(flags, dist.size))
+        dist.set_timeout(draft.config.dist_timeout)
         # On a CPU: compiled, its threads would else add up the embedding's gradient in any order, and slowly.
-        torch.use_deterministic_algorithms(plan.config.device == "cpu")
+        torch.use_deterministic_algorithms(draft.config.device == "cpu")
         torch.utils.deterministic.fill_uninitialized_memory = False
         with dist.agree():
-            data = open_data(Path(plan.config.data))
-        plan = dist.from_main(lambda: make_plan(plan, data, dist))
+            data = open_data(Path(draft.config.data))
+        plan = dist.from_main(lambda: make_plan(draft, data, dist))
         with contextlib.closing(Trainer(plan, data, dist)) as trainer:
             return trainer.dry_run() if plan.config.dry_run else trainer.train()
 

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from torch.utils._pytree import tree_map_only
 
 from model import GPT
+from runtime.device import oom_as_user_error
 from tokens import VOCAB_SIZE, sha256
 
 UNFINISHED = ".unfinished-"  # prefix of what is being written or deleted, which is no checkpoint
@@ -36,10 +37,6 @@ RECORD = dict(step=int, ranks=int, flags=dict, config=dict, data=dict, evaluated
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be trusted; the message names the file, what was expected and what was found."""
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Writing
 
 
 def save(log_dir: Path, model: GPT, trainer_state: dict, logs: dict[str, bytes], record: dict) -> Path:
@@ -71,24 +68,34 @@ def save(log_dir: Path, model: GPT, trainer_state: dict, logs: dict[str, bytes],
 
 
 class Writer:
-    """Writes one checkpoint at a time, in a thread and from a copy of the state.
+    """Writes one checkpoint at a time, in a thread and from a copy of the state, and deletes old ones.
 
     Training waits for the copy, and for the checkpoint before this one, but not for the disk.
     """
 
-    def __init__(self):
+    def __init__(self, log_dir: Path, keep: int, print_line: Callable[[str], None]):
+        self.log_dir, self.keep, self.print_line = log_dir, keep, print_line
         self.pool = ThreadPoolExecutor(max_workers=1)
         self.writing: Future | None = None
 
-    def start(self, write: Callable[[GPT, dict], None], model: GPT, trainer_state: dict) -> None:
-        """Call write on copies of model and trainer_state, in the thread. Call wait() first."""
-        with torch.device("meta"):  # shapes alone; the copied weights take their places
-            copy = GPT(model.config)
-        weights, trainer_state = tree_map_only(
-            torch.Tensor, lambda t: t.detach().to("cpu", copy=True), (model.state_dict(), trainer_state)
-        )
-        copy.load_state_dict(weights, assign=True)
-        self.writing = self.pool.submit(write, copy, trainer_state)
+    def start(self, model: GPT, trainer_state: dict, logs: dict[str, bytes], record: dict) -> None:
+        """Copy the state, once the checkpoint before is written; write the copy in the thread."""
+        self.wait()
+        with oom_as_user_error("the copy that a checkpoint is written from"):
+            with torch.device("meta"):  # shapes alone; the copied weights take their places
+                copy = GPT(model.config)
+            weights, trainer_state = tree_map_only(
+                torch.Tensor, lambda t: t.detach().to("cpu", copy=True), (model.state_dict(), trainer_state)
+            )
+            copy.load_state_dict(weights, assign=True)
+        self.writing = self.pool.submit(self.write, copy, trainer_state, logs, record)
+
+    def write(self, model: GPT, trainer_state: dict, logs: dict[str, bytes], record: dict) -> None:
+        """Write a checkpoint, then delete old ones."""
+        directory = save(self.log_dir, model, trainer_state, logs, record)
+        self.print_line(f"step {record['step']}: saved {directory}")
+        for line in prune(self.log_dir, self.keep):
+            self.print_line(line)
 
     @property
     def failed(self) -> bool:
@@ -102,7 +109,7 @@ class Writer:
             writing.result()
 
     def close(self) -> BaseException | None:
-        """Wait, and return an error that wait() has not raised yet."""
+        """Wait, and return an error that wait() has not raised, as the run has ended by another one."""
         self.pool.shutdown()
         return self.writing and self.writing.exception()
 
@@ -172,10 +179,6 @@ def unused_name(path: Path) -> Path:
     return candidate
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading
-
-
 def checkpoints(log_dir: Path) -> dict[int, Path]:
     """Return the checkpoints of a run by step, oldest first, whether they verify or not."""
     steps = {int(p.name[5:]): p for p in log_dir.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and p.is_dir()}
@@ -223,7 +226,7 @@ def read_record(path: Path) -> dict:
     try:
         content = path.read_bytes()
         record = json.loads(content)
-        stated = record.pop("sha256")
+        stated = record.pop("sha256")  # of the record without this entry
         if stated != digest(record) or content != canonical(dict(record, sha256=stated)):
             raise CheckpointError(f"{path}: does not match its own SHA-256")
         if "requested" in record:
@@ -276,7 +279,7 @@ def errors_of(flag: str, name_or_dir: str | Path) -> Iterator[None]:
 
 
 def canonical(record: dict) -> bytes:
-    """Return the one way to write a record."""
+    """Return the bytes of checkpoint.json. Equal records have equal bytes, so their hash can be checked."""
     return (json.dumps(record, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
 
 

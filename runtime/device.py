@@ -5,15 +5,14 @@ from errors import UserError
 import contextlib
 import ctypes
 import re
-import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-# Compiling takes a minute on a GPU, half of one on a CPU, a few seconds where it was done before. Then it saves a third
-# of the time on a GPU, on a CPU up to 15% (tiny; nothing for 124M): it pays in runs of more operations than these.
+# Floating-point operations of a run above which torch.compile saves more time than it takes. Compiling takes a minute
+# on a GPU and half a minute on a CPU. It then saves a third of the time on a GPU, up to 15% on a CPU (124M: nothing).
 COMPILE_PAYS = dict(cuda=5e16, cpu=1.5e14)
 
 # Dense matrix peak in 16 bit with float32 accumulation, FLOP/s, from the vendors' data sheets, by patterns of names.
@@ -87,8 +86,10 @@ def peak_memory(device: torch.device) -> int | None:
     """Return the most bytes of the device's memory that this process has held, or None where that is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if device.type != "cpu":
+    if device.type != "cpu" or sys.platform == "win32":
         return None
+    import resource  # not on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

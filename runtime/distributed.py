@@ -51,11 +51,12 @@ class Distributed:
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
+            # gloo raises a RuntimeError whose message contains a path of its source.
             if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error)):
                 message = f"rank {self.rank} has lost another rank: {first_line(error)}"
                 raise UserError(f"{message}; --resume continues from the newest checkpoint", 1) from None
             if isinstance(error, UserError) and error.agreed and self.local_rank > 0:
-                sys.exit(error.status)  # local rank 0 prints the error
+                sys.exit(error.status)  # every rank raises this error, and one per host prints it
         finally:
             if self.size > 1:
                 dist.destroy_process_group()
@@ -80,32 +81,32 @@ class Distributed:
 
     @contextlib.contextmanager
     def agree(self) -> Iterator[None]:
-        """Wait until all ranks have left this block, and raise the first error of any of them on all.
+        """Run the block on every rank, then raise the first error of any rank on all ranks.
 
-        A rank may take longer than the timeout in the block, as it shows in the meantime that it is alive. No
-        collective may be called in it.
+        The block may take longer than the timeout, for example to hash a checkpoint: until all ranks have left it, a
+        thread calls all_reduce every few seconds. The block itself must call no collective; the two would mix.
         """
         if self.size == 1:
             yield
             return
         error, finished = None, Event()
         with ThreadPoolExecutor(1) as pool:
-            everyone_finished = pool.submit(self.wait_for_all, finished)
+            keeping_alive = pool.submit(self.keep_alive, finished)
             try:
                 yield
             except (UserError, OSError) as e:
                 error = UserError.from_error(e)
             finally:
                 finished.set()
-            everyone_finished.result()
+            keeping_alive.result()
         errors: list = [None] * self.size
         dist.all_gather_object(errors, error)
         for error in filter(None, errors):
             error.agreed = True
             raise error
 
-    def wait_for_all(self, finished: Event) -> None:
-        """Exchange a sign of life several times per timeout, until all ranks have finished."""
+    def keep_alive(self, finished: Event) -> None:
+        """Call all_reduce several times per timeout, until all ranks have finished."""
         unfinished = torch.ones(1)
         while unfinished > 0:
             finished.wait(min(10.0, self.timeout / 4))
@@ -147,8 +148,8 @@ class Distributed:
             dist.all_reduce(tensor)
         return tensor
 
-    def sum(self, *values: torch.Tensor | float) -> list[float]:
-        """Return the sums of these values over all ranks, with one collective and one read by the host."""
+    def sum_scalars(self, *values: torch.Tensor | float) -> list[float]:
+        """Return the sums of these scalars over all ranks, with one collective and one device-to-host copy."""
         scalar = dict(dtype=torch.float32, device=self.device)  # full() fills on the device: no wait, unlike a copy
         values = [v.to(**scalar) if torch.is_tensor(v) else torch.full((), v, **scalar) for v in values]
         return self.all_reduce(torch.stack(values)).tolist()

@@ -13,9 +13,10 @@ from typing import get_args, get_origin
 def option(default, help: str, **metadata):
     """Declare an option: its default and help, and as metadata what is allowed.
 
-    low, high: bounds of a number; choices: the allowed values; type: a function that converts and checks the text;
-    metavar: the value's name in the help; const: the value of the option without one; aliases: further names;
-    positional: whether it is typed without a name; empty: whether a text may be empty; hidden: whether --help omits it.
+    low, high: bounds of a number (default: 0 and 2**40); choices: the allowed values; type: a function that converts
+    and checks the text; metavar: the value's name in the help; const: the value of the option without one; aliases:
+    further names; positional: whether it is typed without a name; empty: whether a text may be empty; hidden: whether
+    --help omits it.
     """
     return field(default=default, metadata=dict(metadata, help=help))
 

@@ -30,7 +30,10 @@ MACHINE_OPTIONS = "device", "dtype", "compile", "micro_batch_size"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is decided before a run starts, the same on all ranks."""
+    """The decisions about a run, the same on all ranks.
+
+    In the draft of merge_flags, options that depend on the data or the device are still None or "auto".
+    """
 
     flags: dict  # the options that were typed
     config: TrainConfig
@@ -38,21 +41,13 @@ class Plan:
     resume_from: Path | None  # a checkpoint
     record: dict | None  # its checkpoint.json
     lines: list[str]  # what to print
-    data: dict | None = None  # the fingerprint of the data
-
-    @property
-    def machine_flags(self) -> dict:
-        """Return the MACHINE_OPTIONS that were typed, now or in the commands that are resumed."""
-        return remembered_flags(self.flags, self.record)
+    machine_flags: dict  # the MACHINE_OPTIONS that were typed, now or in the commands that are resumed
+    data_fingerprint: dict | None = None
 
     @property
     def model_config(self) -> GPTConfig:
         shape = {name: getattr(self.config, name) for name in ("n_layer", "n_head", "n_embd", "dropout", "bias")}
         return GPTConfig(self.config.seq_len, self.vocab_size, **shape)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# From the flags to the options of the run
 
 
 def merge_flags(flags: dict, ranks: int) -> Plan:
@@ -61,22 +56,17 @@ def merge_flags(flags: dict, ranks: int) -> Plan:
     What depends on the data is left open, for make_plan. Raise UserError.
     """
     resume_from, record, lines = find_checkpoint(flags)
-    vocab_size, pretrained_options = GPTConfig.vocab_size, {}
+    machine_flags = {name: flags[name] for name in MACHINE_OPTIONS if name in flags}
+    vocab_size, options = GPTConfig.vocab_size, {}
     if record is not None:
-        config = resumed_config(flags, resume_from, record, ranks)
+        machine_flags = record["flags"] | machine_flags
+        config = resumed_config(flags, machine_flags, resume_from, record, ranks)
         vocab_size = GPTConfig.from_pretrained(resume_from).vocab_size
     else:
         if "init_from" in flags:
-            pretrained = pretrained_config(flags)
-            vocab_size, pretrained_options = pretrained.vocab_size, shape_options(pretrained)
-        config = new_config(flags, pretrained_options)
-    return Plan(flags, config, vocab_size, resume_from, record, lines)
-
-
-def remembered_flags(flags: dict, record: dict | None) -> dict:
-    """Return the MACHINE_OPTIONS among these flags, over those in the record of a checkpoint."""
-    flags = flags if record is None else record["flags"] | flags
-    return {name: flags[name] for name in MACHINE_OPTIONS if name in flags}
+            vocab_size, options = pretrained_options(flags)
+        config = new_config(flags, options)
+    return Plan(flags, config, vocab_size, resume_from, record, lines, machine_flags)
 
 
 def find_checkpoint(flags: dict) -> tuple[Path | None, dict | None, list[str]]:
@@ -91,6 +81,7 @@ def find_checkpoint(flags: dict) -> tuple[Path | None, dict | None, list[str]]:
             notes.append(f"no checkpoint in {log_dir}/: this is a new run")
         return directory, record, notes
     directory = Path(flags["resume"])
+    # It may be the directory of a run, or a step that does not exist: name the checkpoints that are there.
     others = checkpoint.checkpoints(directory if directory.exists() else directory.parent)
     if others:
         found = ", ".join(map(str, others.values()))
@@ -101,16 +92,15 @@ def find_checkpoint(flags: dict) -> tuple[Path | None, dict | None, list[str]]:
         raise UserError(f"--resume {directory}: {e}; --resume alone takes the newest that verifies") from None
 
 
-def resumed_config(flags: dict, resume_from: Path, record: dict, ranks: int) -> TrainConfig:
+def resumed_config(flags: dict, machine_flags: dict, resume_from: Path, record: dict, ranks: int) -> TrainConfig:
     """Return the options of a run that is resumed: the flags, over what the checkpoint says."""
-    machine_flags = remembered_flags(flags, record)
     values = dict(record["config"], dry_run=False, resume=None)
     # The run continues where its checkpoint is, and not where that was written: it may be a copy.
     in_log_dir = resume_from in checkpoint.checkpoints(resume_from.parent).values()
     values["log_dir"] = str(resume_from.parent) if in_log_dir else TrainConfig.log_dir
     if flags["resume"] != "newest":
         values["wandb"] = None  # the checkpoint may be somebody else's
-    if not Path(values["data"] or "").exists():
+    if not Path(values["data"]).exists():
         values["data"] = default_data()
     if "preset" in flags and flags["preset"] != values["preset"]:
         values |= PRESETS[flags["preset"]]
@@ -127,32 +117,26 @@ def resumed_config(flags: dict, resume_from: Path, record: dict, ranks: int) -> 
         raise UserError(f"--resume {resume_from}: checkpoint.json: {e}") from None
 
 
-def pretrained_config(flags: dict) -> GPTConfig:
-    """Return the configuration of the model that --init_from names. Raise UserError if flags contradict it."""
+def pretrained_options(flags: dict) -> tuple[int, dict]:
+    """Return the vocabulary size and the options that --init_from sets. Raise UserError if flags contradict them."""
     with checkpoint.errors_of("--init_from", flags["init_from"]):
         config = GPTConfig.from_pretrained(flags["init_from"])
-    for option in "n_layer", "n_head", "n_embd", "bias":
-        if flags.get(option, getattr(config, option)) != getattr(config, option):
-            value = getattr(config, option)
-            raise UserError(f"--{option} {flags[option]}: the model of --init_from has {value}; leave the flag out")
+    shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "bias")}
+    for name, value in shape.items():
+        if flags.get(name, value) != value:
+            raise UserError(f"--{name} {flags[name]}: the model of --init_from has {value}; leave the flag out")
     if flags.get("seq_len", 1) > config.block_size:
         raise UserError(f"--seq_len {flags['seq_len']}: the model of --init_from has {config.block_size} positions")
-    return config
+    return config.vocab_size, shape | dict(seq_len=config.block_size, max_lr=3e-5, min_lr=None, warmup_steps=None)
 
 
-def shape_options(config: GPTConfig) -> dict:
-    """Return the options that --init_from sets."""
-    shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "bias")}
-    return shape | dict(seq_len=config.block_size, max_lr=3e-5, min_lr=None, warmup_steps=None)
-
-
-def new_config(flags: dict, pretrained_options: dict) -> TrainConfig:
+def new_config(flags: dict, options: dict) -> TrainConfig:
     """Return the options of a new run: the flags, over --init_from, over the preset, over the defaults."""
     device = choose_device(flags.get("device", "auto"))
     data = flags.get("data", default_data())
     defaults = dict(cpu="tiny", mps="small", cuda="gpt2" if Path(data).is_dir() else "small")
     preset = flags.get("preset", defaults[device])
-    values = dict(preset=preset, data=data) | PRESETS[preset] | pretrained_options
+    values = dict(preset=preset, data=data) | PRESETS[preset] | options
     if "max_steps" in flags:
         values.pop("warmup_steps", None)  # a preset's warm-up is for its own length
     return TrainConfig(**(values | flags | dict(device=device)))
@@ -165,15 +149,13 @@ def default_data() -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From the options and the data to the final configuration
-
-
 def make_plan(plan: Plan, data: Data, dist: Distributed) -> Plan:
     """Return the plan with nothing left open. Raise UserError if the run cannot be made."""
     config = resolve_schedule(plan.config, data)
-    check_shape(config)
-    plan = replace(plan, config=config, data=data.fingerprint)
+    if config.n_embd % config.n_head:
+        divisor = divisor_up_to(config.n_head, config.n_embd)
+        raise UserError(f"--n_head {config.n_head}: does not divide --n_embd {config.n_embd}; {divisor} would")
+    plan = replace(plan, config=config, data_fingerprint=data.fingerprint)
     with torch.device("meta"):  # shapes alone, to count
         model = GPT(plan.model_config)
     config, reason = resolve_machine_options(config, model, dist)
@@ -198,13 +180,6 @@ def resolve_schedule(config: TrainConfig, data: Data) -> TrainConfig:
     if warmup > steps > 0:
         raise UserError(f"--warmup_steps {warmup}: more than --max_steps {steps}")
     return replace(config, max_steps=steps, min_lr=min_lr, warmup_steps=warmup)
-
-
-def check_shape(config: TrainConfig) -> None:
-    """Raise UserError if the channels do not divide into heads."""
-    if config.n_embd % config.n_head:
-        divisor = divisor_up_to(config.n_head, config.n_embd)
-        raise UserError(f"--n_head {config.n_head}: does not divide --n_embd {config.n_embd}; {divisor} would")
 
 
 def resolve_machine_options(config: TrainConfig, model: GPT, dist: Distributed) -> tuple[TrainConfig, str | None]:

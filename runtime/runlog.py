@@ -68,7 +68,7 @@ class WandB:
 
 
 class RunLog:
-    """The files and the terminal of a run. On ranks other than the main one it prints and writes nothing.
+    """The files and the terminal of a run. It writes nothing before open(), and prints on the main rank only.
 
     log.txt     `{step} train {loss}`, `{step} val {loss}`, `{step} hella {accuracy}`: three fields and nothing else
     steps.csv   step, tokens so far, loss, lr, norm, seconds, for each optimizer step

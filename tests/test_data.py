@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 import tokens
 from conftest import BOOKS_TEXT
-from data import DataLoaderLite, ShardError, inputs_and_targets, open_data, permutation
+from data import DataLoaderLite, inputs_and_targets, open_data, permutation
 from recipe import TrainConfig, learning_rate
+from runtime.shards import ShardError
 from train_gpt2 import dropout_seed
 
 

@@ -22,11 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer
 
-import data
 import fineweb
 import tokens
 from conftest import ENVIRONMENT, ROOT, command, run
 from hub import REVISION, Hub
+from runtime import shards
 
 BOOKS = ROOT.parent / "shared/data/books"
 ENCODERS = {"tiktoken": lambda: fineweb.encode_tiktoken, "gigatoken": fineweb.make_gigatoken}
@@ -55,7 +55,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in directory.iterdir()}
 
 
-def shards(directory: Path) -> dict[str, bytes]:
+def shard_files(directory: Path) -> dict[str, bytes]:
     return {name: content for name, content in contents(directory).items() if name.endswith(".npy")}
 
 
@@ -92,7 +92,7 @@ def test_equals_a_straightforward_loop(tmp_path, parquet, documents, monkeypatch
     flags = "--files", f"{parquet}/*.parquet", "--out_dir", tmp_path / "out", "--shard_size", shard_size
     assert fineweb.main([str(f) for f in (*flags, "--num_proc", num_proc)]) == 0
     expected = shards_of(documents, shard_size)
-    assert shards(tmp_path / "out") == expected
+    assert shard_files(tmp_path / "out") == expected
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["complete"] and manifest["documents"] == 1500 and len(manifest["shards"]) == len(expected)
     assert fineweb.main(["--verify", str(tmp_path / "out")]) == 0
@@ -111,7 +111,7 @@ def test_jsonl_gz_zst_and_txt(tmp_path, documents):
     flags = "--files", tmp_path / "*.jsonl*", tmp_path / "d.txt", "--out_dir", tmp_path / "out", "--shard_size", 9999
     assert fineweb.main([str(f) for f in flags]) == 0
     texts = documents[:600] * 3 + ["One document,\nof two lines."]
-    assert shards(tmp_path / "out") == shards_of(texts, 9999)
+    assert shard_files(tmp_path / "out") == shards_of(texts, 9999)
 
 
 def test_limit_tokens(tmp_path, parquet, documents):
@@ -394,7 +394,7 @@ def from_hub(hub, tmp_path):
 def test_a_data_set_on_the_hub(tmp_path, from_hub, documents):
     flags = "--dataset", "some/documents", "--out_dir", tmp_path / "out", "--shard_size", 30_000
     from_hub(*flags)
-    assert shards(tmp_path / "out") == shards_of(documents, 30_000)
+    assert shard_files(tmp_path / "out") == shards_of(documents, 30_000)
     source = json.loads((tmp_path / "out/manifest.json").read_text())["source"]
     assert source == dict(dataset="some/documents", name=None, split="train", revision=REVISION)
 
@@ -405,14 +405,14 @@ def test_a_connection_cut_in_mid_stream_is_exit_4_and_the_same_command_goes_on(t
     done = from_hub(*flags, status=4)
     line = done.stderr.splitlines()[-1]
     assert line.startswith("fineweb.py: error: --dataset some/documents: ") and "the same command continues" in line
-    before = shards(tmp_path / "out")
+    before = shard_files(tmp_path / "out")
     assert 2 < len(before) < len(shards_of(documents, 30_000))
     hub.faults.clear()
     hub.requests.clear()
     hub.newest = "f" * 40  # a new commit, which is not what was begun
     done = from_hub(*flags)
     assert "continuing after" in done.stdout
-    assert shards(tmp_path / "out") == shards_of(documents, 30_000)
+    assert shard_files(tmp_path / "out") == shards_of(documents, 30_000)
     # Of the first file nothing is read again but its schema, for which `datasets` asks once.
     assert sum("GET" in r and "train-00000-of" in r for r in hub.requests) == 1
 
@@ -522,11 +522,11 @@ def test_the_trainer_reads_what_is_prepared(tmp_path, prepared):
             "edufineweb_train_000002.npy: no such shard there, but manifest.json says 1",
         ),
         (
-            lambda d: data.write_shard(d / "edufineweb_train_000002.npy", np.zeros(7, np.uint16)),
+            lambda d: shards.write_shard(d / "edufineweb_train_000002.npy", np.zeros(7, np.uint16)),
             "edufineweb_train_000002.npy: 7 tokens there, but manifest.json says",
         ),
         (
-            lambda d: data.write_shard(d / "edufineweb_train_000099.npy", np.zeros(7, np.uint16)),
+            lambda d: shards.write_shard(d / "edufineweb_train_000099.npy", np.zeros(7, np.uint16)),
             "edufineweb_train_000099.npy: 7 tokens there, but manifest.json says no such shard",
         ),
         (lambda d: (d / "manifest.json").write_text("{"), "manifest.json: cannot be read as a manifest"),
@@ -817,4 +817,4 @@ def test_the_books(tmp_path, monkeypatch, encoder, num_proc, shard_size):
     flags = "--files", f"{BOOKS}/*.parquet", "--out_dir", tmp_path, "--shard_size", shard_size, "--num_proc", num_proc
     assert fineweb.main([str(f) for f in flags]) == 0
     texts = [text for p in sorted(BOOKS.glob("*.parquet")) for text in pq.read_table(p)["text"].to_pylist()]
-    assert shards(tmp_path) == shards_of(texts, shard_size)
+    assert shard_files(tmp_path) == shards_of(texts, shard_size)

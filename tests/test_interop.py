@@ -12,8 +12,8 @@ import torch
 
 import hellaswag
 from conftest import BOOKS_TEXT, ENVIRONMENT, ROOT, SMALL, run, run_in_process
-from data import write_shard
 from model import GPT
+from runtime.shards import write_shard
 from tokens import gpt2_encoding
 
 RECORDS = ROOT / "tests/data/hellaswag_100.jsonl"

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer
 
-import data
 import tokens
 from conftest import BOOKS_TEXT, ROOT
+from runtime import shards
 
 
 def test_published_ids():
@@ -81,19 +81,19 @@ def write_bin(path, ids, magic=20240520, version=1, count=None):
 
 def test_shards_come_back_as_written(tmp_path):
     ids = np.random.default_rng(0).integers(0, 50257, 1000).astype(np.uint16)
-    data.write_shard(tmp_path / "a_train_000001.npy", ids)
+    shards.write_shard(tmp_path / "a_train_000001.npy", ids)
     write_bin(tmp_path / "a_train_000001.bin", ids)
     assert np.array_equal(np.load(tmp_path / "a_train_000001.npy"), ids)
     for suffix in ".npy", ".bin":
-        shard = data.open_shard(tmp_path / f"a_train_000001{suffix}")
+        shard = shards.open_shard(tmp_path / f"a_train_000001{suffix}")
         assert isinstance(shard, np.memmap) and shard.dtype == np.uint16 and np.array_equal(shard, ids)
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["a_train_000001.bin", "a_train_000001.npy"]
 
 
 @pytest.mark.parametrize("wrong", [np.zeros(4, np.int32), np.zeros((2, 2), np.uint16)])
 def test_writing_anything_but_a_flat_uint16_array_is_refused(tmp_path, wrong):
-    with pytest.raises(data.ShardError, match="flat array of uint16"):
-        data.write_shard(tmp_path / "x_train.npy", wrong)
+    with pytest.raises(shards.ShardError, match="flat array of uint16"):
+        shards.write_shard(tmp_path / "x_train.npy", wrong)
     assert not list(tmp_path.iterdir())
 
 
@@ -138,16 +138,16 @@ IDS = np.arange(100, dtype=np.uint16)
 )
 def test_a_file_that_is_no_shard_is_refused_by_name(tmp_path, name, make, message):
     make(tmp_path / name)
-    with pytest.raises(data.ShardError, match=message) as error:
-        data.open_shard(tmp_path / name)
+    with pytest.raises(shards.ShardError, match=message) as error:
+        shards.open_shard(tmp_path / name)
     assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
 
 
 def test_shards_of_a_split_in_order(tmp_path):
     for name in "b_train_000002.npy", "b_train_000001.npy", "b_val_000000.npy", "manifest.json":
         (tmp_path / name).touch()
-    assert [p.name for p in data.shard_paths(tmp_path, "train")] == ["b_train_000001.npy", "b_train_000002.npy"]
-    assert [p.name for p in data.shard_paths(tmp_path, "val")] == ["b_val_000000.npy"]
+    assert [p.name for p in shards.shard_paths(tmp_path, "train")] == ["b_train_000001.npy", "b_train_000002.npy"]
+    assert [p.name for p in shards.shard_paths(tmp_path, "val")] == ["b_val_000000.npy"]
 
 
 @pytest.mark.parametrize(
@@ -161,8 +161,8 @@ def test_shards_of_a_split_in_order(tmp_path):
 def test_a_directory_without_the_split_is_refused(tmp_path, names, message):
     for name in names:
         (tmp_path / name).touch()
-    with pytest.raises(data.ShardError, match=message):
-        data.shard_paths(tmp_path, "val")
+    with pytest.raises(shards.ShardError, match=message):
+        shards.shard_paths(tmp_path, "val")
 
 
 def test_split_is_a_word_of_the_file_name(tmp_path):
@@ -170,23 +170,23 @@ def test_split_is_a_word_of_the_file_name(tmp_path):
     val = "edufineweb_val_000000.npy", "a_constrained_val_1.npy"
     for name in (*train, *val, "trainval_1.npy", "interval_3.npy"):
         (tmp_path / name).touch()
-    assert [p.name for p in data.shard_paths(tmp_path, "train")] == sorted(train)
-    assert [p.name for p in data.shard_paths(tmp_path, "val")] == sorted(val)
+    assert [p.name for p in shards.shard_paths(tmp_path, "train")] == sorted(train)
+    assert [p.name for p in shards.shard_paths(tmp_path, "val")] == sorted(val)
 
 
 @pytest.mark.parametrize("name", ["x.npy", "x.bin"])
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda p: p.symlink_to("nowhere")])
 def test_what_is_no_regular_file_is_no_shard(tmp_path, name, make):
     make(tmp_path / name)
-    with pytest.raises(data.ShardError, match=f"{name}: is not a regular file"):
-        data.open_shard(tmp_path / name)
+    with pytest.raises(shards.ShardError, match=f"{name}: is not a regular file"):
+        shards.open_shard(tmp_path / name)
 
 
 def test_oversized_npy_header_is_one_line(tmp_path):
     header = str({"descr": "<u2", "fortran_order": False, "shape": (100,), "x": "y" * 20_000}).encode()
     (tmp_path / "x.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
-    with pytest.raises(data.ShardError, match="expected a .npy header") as error:
-        data.open_shard(tmp_path / "x.npy")
+    with pytest.raises(shards.ShardError, match="expected a .npy header") as error:
+        shards.open_shard(tmp_path / "x.npy")
     assert "\n" not in str(error.value)
 
 
@@ -224,8 +224,8 @@ GOOD = dict(name="a_train_000001.npy", tokens=1, sha256="0")
 def test_shard_names_in_manifests_are_bare(tmp_path, name):
     manifest = dict(source={}, documents=1, complete=True, shards=[GOOD, GOOD | dict(name=name)])
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(data.ShardError, match="manifest.json: cannot be read as a manifest") as error:
-        data.read_manifest(tmp_path)
+    with pytest.raises(shards.ShardError, match="manifest.json: cannot be read as a manifest") as error:
+        shards.read_manifest(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -239,6 +239,6 @@ def test_a_failed_write_removes_only_its_own_file(tmp_path, monkeypatch, step):
     owner = {"write": np.lib.format, "fsync": os, "replace": Path}[step]
     monkeypatch.setattr(owner, {"write": "write_array_header_1_0"}.get(step, step), fail)
     with pytest.raises(UserError, match=r"a.npy: cannot be written \(No space left on device\)") as error:
-        data.write_shard(tmp_path / "a.npy", IDS)
+        shards.write_shard(tmp_path / "a.npy", IDS)
     assert error.value.status == 4
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"other.npy.partial": b"", "a.npy": b"old"}

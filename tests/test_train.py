@@ -42,12 +42,12 @@ from conftest import (
     wait_for_step,
     with_fault,
 )
-from data import write_shard
 from model import GPT, GPTConfig
 from recipe import TrainConfig
 from runtime import checkpoint
 from runtime.device import choose_dtype, tune_malloc
 from runtime.distributed import Distributed
+from runtime.shards import write_shard
 from train_gpt2 import Trainer
 
 SHAPELESS = SMALL[SMALL.index("--total_batch_size") :]  # for runs whose shape comes from --init_from
