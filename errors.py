@@ -1,8 +1,15 @@
 """How every script ends: an error becomes one line for its user, and an exit status."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
+
+# Errors of the system that come from a wrong name or permission. All others are of the disk or the network.
+USAGE_ERRORS = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG,
+    errno.ELOOP,
+}  # fmt: skip
 
 
 class UserError(Exception):
@@ -21,10 +28,11 @@ class UserError(Exception):
 
     @classmethod
     def from_error(cls, e: Exception) -> "UserError":
-        """Return a UserError as it is, and an OSError as one of the disk or network."""
+        """Return a UserError as it is, and an OSError as one with its status."""
         if isinstance(e, cls):
             return e
-        return cls(f"{e.filename}: {e.strerror}" if e.filename and e.strerror else first_line(e), 4)
+        message = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else first_line(e)
+        return cls(message, 2 if e.errno in USAGE_ERRORS else 4)
 
 
 def first_line(e: Exception) -> str:
@@ -49,7 +57,8 @@ def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None =
         return 0
     except OSError as e:
         silence(1)  # where stdout is on the full disk, Python would report that a second time at its exit
-        return print_error(script, f"{e.filename or 'standard output'}: {e.strerror or e}", 4)
+        error = UserError.from_error(e)
+        return print_error(script, error if e.filename else f"standard output: {error}", error.status)
     except KeyboardInterrupt:
         return print_error(script, "interrupted", 130)
 

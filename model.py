@@ -56,9 +56,11 @@ class GPTConfig:
     bias: bool = True  # in every linear map and LayerNorm, as GPT-2 has it; False is a little smaller and faster
 
     def __post_init__(self):
-        if not 1 <= self.n_layer <= 1000:  # building a million of them would never end
-            raise ValueError(f"n_layer {self.n_layer}: must be from 1 to 1000")
-        if self.n_head < 1 or self.n_embd % self.n_head:
+        limits = dict(n_layer=1000, n_head=2**24, n_embd=2**24, block_size=2**24, vocab_size=2**24)
+        for name, limit in limits.items():  # a config.json may ask for anything
+            if not 1 <= getattr(self, name) <= limit:
+                raise ValueError(f"{name} {getattr(self, name)}: must be from 1 to {limit}")
+        if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} does not divide into n_head {self.n_head} heads")
 
     @property

@@ -40,8 +40,8 @@ class TrainConfig:
         choices=tuple(PRESETS),
     )
     n_layer: int = option(12, "number of layers", low=1, high=1000)
-    n_head: int = option(12, "number of attention heads per layer", low=1)
-    n_embd: int = option(768, "number of channels", low=1)
+    n_head: int = option(12, "number of attention heads per layer", low=1, high=2**24)
+    n_embd: int = option(768, "number of channels", low=1, high=2**24)
     bias: bool = option(True, "use biases in linear layers and LayerNorms, as GPT-2 does")
     data: str | None = option(
         None,
@@ -65,7 +65,7 @@ class TrainConfig:
     micro_batch_size: int | None = option(
         None, "sequences per forward pass and rank (default: as many as fit into memory)", low=1
     )
-    seq_len: int = option(1024, "tokens per sequence: the context of the model", low=1)
+    seq_len: int = option(1024, "tokens per sequence: the context of the model", low=1, high=2**24)
     max_lr: float = option(6e-4, "learning rate after warm-up")
     min_lr: float | None = option(None, "learning rate at the end (default: max_lr / 10)")
     schedule: str = option("cosine", "decay of the learning rate after warm-up", choices=("cosine", "wsd"))

@@ -10,7 +10,6 @@ from errors import UserError, first_line, print_error, run_script
 
 import contextlib
 import math
-import os
 import signal
 import sys
 import time
@@ -29,7 +28,7 @@ from model import GPT
 from recipe import PRESETS, TrainConfig, learning_rate
 from runtime import checkpoint
 from runtime.device import is_out_of_memory, oom_as_user_error, peak_flops, peak_memory, tune_malloc
-from runtime.distributed import Distributed, StopSignals
+from runtime.distributed import Distributed, StopSignals, read_environment
 from runtime.options import parse_options
 from runtime.plan import FULL_RUN, Plan, divisor_up_to, make_plan, merge_flags
 from runtime.runlog import RunLog, run_metadata
@@ -98,7 +97,7 @@ class Trainer:
     def train(self) -> int:
         """Train up to max_steps, or until a signal; return the exit status."""
         while True:
-            finished = self.step == self.config.max_steps
+            finished = self.step >= self.config.max_steps
             if self.checkpoint_failed:
                 self.dist.from_main(self.writer.wait)  # raises on all ranks what went wrong
             if not self.stop_signal:
@@ -228,15 +227,14 @@ class Trainer:
             name = signal.Signals(self.stop_signal).name
             self.log.print(f"stopped by {name} after step {self.step - 1}; add --resume to continue")
             return 128 + self.stop_signal
-        self.log.plot()
+        self.dist.from_main(self.log.plot)
         # A signal that came while the last checkpoint was written still sets the exit status.
         sigterm, sigint = self.dist.sum_scalars(*self.signals.received)
         return 143 if sigterm else 130 if sigint else 0
 
-    def is_due(self, every: int, step: int | None = None) -> bool:
-        """Return whether something that is done every N steps, and at the end, is done at this step, or at another."""
-        step = self.step if step is None else step
-        return every > 0 and (step % every == 0 or step == self.config.max_steps)
+    def is_due(self, every: int) -> bool:
+        """Return whether something that is done every N steps, and at the end, is done at this step."""
+        return every > 0 and (self.step % every == 0 or self.step == self.config.max_steps)
 
     def mfu(self, stats: StepStats) -> float | None:
         """Return the model FLOPs utilization of a step; None where the device's peak is not known."""
@@ -247,15 +245,15 @@ class Trainer:
     def dry_run(self) -> int:
         """Run four steps and print what the run would take from here on: time, memory, disk."""
         config = self.config
-        if self.step == config.max_steps:
+        if self.step >= config.max_steps:
             self.log.print("nothing is left to run")
             return 0
         seconds = sorted(self.train_step().seconds for _ in range(4))[1]  # the first is slow, the fastest may be luck
-        steps = range(self.step, config.max_steps + 1)
-        evaluations = sum(self.is_due(config.eval_every, step) for step in steps)
+        steps = config.max_steps - self.step
+        evaluations = math.ceil(steps / config.eval_every) + 1 if config.eval_every else 0
         eval_tokens = min(config.eval_tokens, self.val_loader.n_rows * config.seq_len)
         evaluation = seconds / 3 * eval_tokens / config.total_batch_size  # forward alone is a third of the work
-        total = timedelta(seconds=round(seconds * (len(steps) - 1) + evaluations * evaluation))
+        total = timedelta(seconds=round(seconds * steps + evaluations * evaluation))
         state = [t for entry in self.optimizer.state.values() for t in entry.values()]
         size = sum(t.nbytes for t in [*self.raw_model.parameters(), *state])
         peak = peak_memory(self.dist.device)
@@ -287,7 +285,7 @@ class Trainer:
                 model = checkpoint.load_model("--init_from", config.init_from)
                 model.crop_block_size(config.seq_len)
             model.set_dropout(config.dropout)
-            self.raw_model = model.to(dist.device)
+            self.raw_model = self.model = model.to(dist.device)
         dist.broadcast_parameters(self.raw_model)
         self.optimizer = self.raw_model.configure_optimizers(
             config.weight_decay,
@@ -298,9 +296,10 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(config.device, enabled=config.dtype == "float16")
         if self.plan.resume_from:
             state = dist.broadcast_tree(state)
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.scaler.is_enabled() and state["scaler"]:
-                self.scaler.load_state_dict(state["scaler"])
+            with dist.agree(), checkpoint.errors_of_state(self.plan.resume_from):
+                self.optimizer.load_state_dict(state["optimizer"])
+                if self.scaler.is_enabled() and state["scaler"]:
+                    self.scaler.load_state_dict(state["scaler"])
 
     def read_hellaswag(self) -> list[hellaswag.Example] | None:
         """Return HellaSwag's examples; None if they are not evaluated, or cannot be had, which costs one line."""
@@ -398,6 +397,7 @@ class Trainer:
 
     def close(self) -> None:
         """Wait for the writer, and give back what the run has taken."""
+        self.model = None  # DDP must end before the process group, or its destructor may wait for ever
         if error := self.writer.close():
             print_error("train_gpt2.py", error, 4)
         self.signals.restore()
@@ -415,7 +415,7 @@ def main(argv: list[str] | None = None) -> int:
     tune_malloc()
     presets = "\n".join(f"  {name:12}" + " ".join(f"{k}={v}" for k, v in p.items()) for name, p in PRESETS.items())
     flags = parse_options(TrainConfig, argv, __doc__, EPILOG.format(presets=presets, full_run=FULL_RUN))
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and not flags.get("dry_run")
+    restarts = read_environment("TORCHELASTIC_MAX_RESTARTS", 0) and not flags.get("dry_run")
     if restarts and flags.get("resume") != "newest":
         raise UserError("torchrun --max-restarts: add --resume without DIR; a restart takes the newest checkpoint")
     torch.set_float32_matmul_precision("high")  # TF32, for what is left in float32

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from torch.utils._pytree import tree_map_only
 
 from model import GPT
-from runtime.device import oom_as_user_error
+from runtime.device import is_out_of_memory, oom_as_user_error
 from tokens import VOCAB_SIZE, sha256
 
 UNFINISHED = ".unfinished-"  # prefix of what is being written or deleted, which is no checkpoint
@@ -237,6 +237,8 @@ def read_record(path: Path) -> dict:
         for key, kind in RECORD.items():
             if type(record[key]) is not kind:
                 raise ValueError(f"{key} is {record[key]!r}")
+        if record["step"] < 1 or not {"model.safetensors", "trainer_state.pt", *LOGS} <= record["files"].keys():
+            raise ValueError("a step or a file is missing")
         for name, file in record["files"].items():
             if Path(name).name != name or {type(file["bytes"]), type(file["sha256"])} != {int, str}:
                 raise ValueError(f"{name!r} is not a file of a checkpoint")
@@ -251,12 +253,23 @@ def load(directory: Path) -> tuple[GPT, dict]:
 
     Raise CheckpointError if the files are not what a run writes. Code in them is refused and never runs.
     """
-    try:
+    with errors_of_state(directory):
         state = torch.load(directory / "trainer_state.pt", map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not {"optimizer", "scaler"} <= state.keys():
             raise ValueError("trainer_state.pt holds no optimizer and scaler")
         return GPT.from_pretrained(directory), state
-    except (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError) as e:
+
+
+@contextlib.contextmanager
+def errors_of_state(directory: Path) -> Iterator[None]:
+    """Raise CheckpointError for whatever comes of files that are not what a run writes."""
+    try:
+        yield
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, EOFError, pickle.UnpicklingError) as e:
+        raise CheckpointError(f"{directory}: cannot be loaded ({first_line(e)})") from None
+    except RuntimeError as e:
+        if is_out_of_memory(e):
+            raise
         raise CheckpointError(f"{directory}: cannot be loaded ({first_line(e)})") from None
 
 

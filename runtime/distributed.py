@@ -31,8 +31,10 @@ class Distributed:
             read_environment(name, default)
             for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
         )
-        if not 0 <= self.rank < self.size:
-            raise UserError(f"RANK={self.rank}: must be less than WORLD_SIZE={self.size}; start ranks with torchrun")
+        if not (self.rank < self.size and self.local_rank < self.local_size):
+            names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
+            values = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+            raise UserError(f"{values}: do not fit together; start ranks with torchrun")
         self.timeout = timeout
         self.device = torch.device("cpu")
 
@@ -45,8 +47,9 @@ class Distributed:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             try:
                 dist.init_process_group(backend, timeout=timedelta(seconds=self.timeout))
-            except ValueError as e:  # MASTER_ADDR is not set
-                raise UserError(f"WORLD_SIZE={self.size}: {first_line(e)}; start ranks with torchrun") from None
+            except ValueError as e:
+                address = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}"
+                raise UserError(f"{address}: {first_line(e)}; start ranks with torchrun") from None
         return self
 
     def __exit__(self, kind, error, traceback) -> None:

@@ -97,6 +97,8 @@ def check_values(cls, values: dict) -> None:
         expected = float | int if kind is float else kind
         if value is not None and get_origin(f.type) is not tuple and not isinstance(value, expected):
             raise UserError(f"--{f.name} {value!r}: must be of type {kind.__name__}")
+        if value is not None and value not in f.metadata.get("choices", (value,)):
+            raise UserError(f"--{f.name} {value!r}: must be one of {', '.join(f.metadata['choices'])}")
         low, high = f.metadata.get("low", 0), f.metadata.get("high", 2**40)
         if isinstance(value, int | float) and not low <= value <= high:  # NaN is not, either
             raise UserError(f"--{f.name} {value}: must be from {low:g} to {high:g}")

@@ -94,6 +94,11 @@ def find_checkpoint(flags: dict) -> tuple[Path | None, dict | None, list[str]]:
 
 def resumed_config(flags: dict, machine_flags: dict, resume_from: Path, record: dict, ranks: int) -> TrainConfig:
     """Return the options of a run that is resumed: the flags, over what the checkpoint says."""
+    try:
+        check_values(TrainConfig, record["config"] | machine_flags)
+        TrainConfig(**record["config"])
+    except (TypeError, UserError) as e:
+        raise UserError(f"--resume {resume_from}: checkpoint.json: {e}") from None
     values = dict(record["config"], dry_run=False, resume=None)
     # The run continues where its checkpoint is, and not where that was written: it may be a copy.
     in_log_dir = resume_from in checkpoint.checkpoints(resume_from.parent).values()
@@ -110,11 +115,7 @@ def resumed_config(flags: dict, machine_flags: dict, resume_from: Path, record: 
         for name in "compile", "micro_batch_size":
             values[name] = machine_flags.get(name, getattr(TrainConfig, name))
     values |= {name: value for name, value in flags.items() if name != "device"}
-    try:
-        check_values(TrainConfig, values)
-        return TrainConfig(**values)
-    except (TypeError, UserError) as e:
-        raise UserError(f"--resume {resume_from}: checkpoint.json: {e}") from None
+    return TrainConfig(**values)
 
 
 def pretrained_options(flags: dict) -> tuple[int, dict]:

@@ -3,7 +3,6 @@
 from errors import UserError, first_line, silence
 
 import contextlib
-import errno
 import json
 import os
 import platform
@@ -23,6 +22,7 @@ from tqdm import tqdm
 import plot
 from recipe import TrainConfig
 from runtime import checkpoint
+from runtime.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -96,7 +96,8 @@ class RunLog:
                 self.print(f"the run that was in {self.dir} is now in {old}{hint}")
             if resume_from is not None:
                 self.restore_logs(resume_from)
-            (self.dir / "run.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+            with write_atomically(self.dir / "run.json") as f:
+                f.write((json.dumps(metadata, indent=2) + "\n").encode())
             for name in checkpoint.LOGS:
                 # A line at a time: what is written survives the death of this process.
                 self.files[name] = open(self.dir / name, "a", encoding="utf-8", buffering=1)
@@ -105,8 +106,8 @@ class RunLog:
         except Timeout:
             raise UserError(f"--log_dir {self.dir}: another run is writing there; give this one its own") from None
         except OSError as e:
-            status = 4 if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2
-            raise UserError(f"--log_dir {self.dir}: {e.filename} cannot be written ({e.strerror})", status) from None
+            error = UserError.from_error(e)
+            raise UserError(f"--log_dir {self.dir}: cannot be written: {error}", error.status) from None
         # A terminal may have no size, as `script` makes them: a bar would be invisible there.
         if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines:
             self.bar = tqdm(total=self.config.max_steps, initial=step, unit="step", dynamic_ncols=True)

@@ -322,7 +322,7 @@ def test_init_from_another_kind_of_model_is_refused(here, capsys):
     (here / "llama").mkdir()
     (here / "llama/config.json").write_text(json.dumps(dict(model_type="llama")))
     line = refuse(capsys, "--init_from", "llama")
-    assert "--init_from llama: " in line and line.endswith("no GPT-2: its config.json has model_type 'llama'\n")
+    assert "--init_from llama: " in line and line.endswith("not a GPT-2: its config.json has model_type 'llama'\n")
 
 
 def test_init_from_refuses_a_shape_that_contradicts_the_model(here, finished, capsys):

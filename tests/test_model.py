@@ -127,7 +127,7 @@ def test_from_pretrained_reads_all_layouts_of_the_hub(tmp_path, layout):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(model_type="llama"), "no GPT-2: its config.json has model_type 'llama'"),
+        (dict(model_type="llama"), "not a GPT-2: its config.json has model_type 'llama'"),
         (dict(activation_function="relu"), "activation_function 'relu'"),
         (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx True"),
         (dict(n_layer=3), "h.2.ln_1.weight: expected a tensor of shape .16,., found nothing"),
