@@ -35,7 +35,7 @@ import bench, train_gpt2
 from model import GPTConfig
 {SHRINK}
 bench.SCRIPT = __file__
-del bench.BENCHMARKS["hellaswag"][1]["an example at a time"]
+del bench.BENCHMARKS["hellaswag"]["an example at a time"]
 if __name__ == "__main__":
     sys.exit(run_script(bench.main))
 """
@@ -109,14 +109,14 @@ UNTRIED = {  # compiled, of large matrices, or another variant's function
     bench.CEILING,
     "transformers.generate, bfloat16",
     "hellaswag.py",
-    *bench.BENCHMARKS["optimizer"][1],
+    *bench.BENCHMARKS["optimizer"],
 }
-VARIANTS = [(name, v) for name in ("small", "generate", "fineweb", "hellaswag") for v in bench.BENCHMARKS[name][1]]
+VARIANTS = [(name, v) for name in ("small", "generate", "fineweb", "hellaswag") for v in bench.BENCHMARKS[name]]
 
 
 @pytest.mark.parametrize("name, variant", [(name, v) for name, v in VARIANTS if v not in UNTRIED])
 def test_variant_gives_a_figure(small, args, name, variant):
-    assert bench.BENCHMARKS[name][1][variant](args) > 0
+    assert bench.BENCHMARKS[name][variant](args) > 0
 
 
 def test_script_measures_in_children(tmp_path):
@@ -157,7 +157,7 @@ def test_table_compares_with_the_last_variant(monkeypatch, capsys):
 
 
 def test_table_shows_the_fraction_of_the_matrix_rate(monkeypatch, capsys):
-    figures = {variant: [float(i)] for i, variant in enumerate(bench.BENCHMARKS["small"][1], 1)}
+    figures = {variant: [float(i)] for i, variant in enumerate(bench.BENCHMARKS["small"], 1)}
     fake(monkeypatch, figures)
     assert run_script(bench.main, ["small", "--repeats", "1", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
