@@ -245,7 +245,7 @@ def a_run(generator: np.random.Generator, shift: float = 0.0, first: int = 0) ->
     """One of 200 steps whose losses have nothing but noise."""
     columns = dict(step=[*range(first, 200)], loss=[*generator.normal(5 + shift, 0.1, 200)[first:]])
     val = [*range(0, 201, 40)], [11.0, *generator.normal(5 + shift, 0.02, 5)]
-    return plot.Run("a", columns, dict(val=val), "input.txt", 1000, dict(preset="tiny", max_steps=200), None)
+    return plot.Run("a", columns, dict(val=val), dict(preset="tiny", max_steps=200))
 
 
 def test_the_bands_are_five_standard_deviations_of_one_more_run():
