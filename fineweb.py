@@ -325,7 +325,7 @@ class ShardWriter:
         self.directory, self.settings = directory, settings
         try:
             self.buffer = np.empty(settings["shard_size"], dtype=np.uint16)
-        except (MemoryError, ValueError):
+        except MemoryError:
             raise UserError(f"--shard_size {settings['shard_size']}: a shard must fit in memory") from None
         self.filled, self.cursor = 0, Cursor()
         self.manifest = open_manifest(directory, settings)

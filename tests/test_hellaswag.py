@@ -83,7 +83,7 @@ def test_equals_a_plain_implementation_for_every_batch_size(saved, records, rend
 
 def test_long_contexts_are_cut_on_the_left_and_counted(saved, records, tmp_path):
     model = GPT.from_pretrained(saved).eval()
-    model.adapt(60, 0.0)
+    model.crop_block_size(60)
     model.save_pretrained(tmp_path)
     expected, _ = plain_scores(tmp_path, records, "build-nanogpt", block_size=60)
     examples = hellaswag.read_examples(RECORDS, hellaswag.render_nanogpt)
@@ -139,7 +139,7 @@ def test_a_bad_record_stops_with_its_line(tmp_path, line, message):
 
 def test_an_ending_longer_than_the_context_stops_with_its_line(saved):
     model = GPT.from_pretrained(saved).eval()
-    model.adapt(16, 0.0)
+    model.crop_block_size(16)
     examples = hellaswag.read_examples(RECORDS, hellaswag.render_nanogpt)
     line = next(e.line for e in examples if max(map(len, e.endings)) > 16)
     with pytest.raises(
@@ -165,28 +165,28 @@ def test_the_script(saved, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["-m", "nowhere/at/all"], "--model_type nowhere/at/all: "),
+        (["-m", "nowhere/at/all"], "--model nowhere/at/all: "),
         (["-m", "FEW"], "has 1000 tokens, not GPT-2's 50257"),
-        (["-m", "MODEL", "--data", "nowhere.jsonl"], "--data: no such file: nowhere.jsonl; see --help"),
-        (["-m", "MODEL", "-d", "cuda"], "-d/--device: PyTorch finds no device cuda here; try --device cpu"),
-        (["-m", "MODEL", "-d", "gpu"], "-d/--device: PyTorch finds no device gpu here; try --device cpu"),
-        (["-m", "MODEL", "-d", "meta"], "-d/--device: PyTorch finds no device meta here; try --device cpu"),
+        (["-m", "MODEL", "--data", "nowhere.jsonl"], "--data: no such file: nowhere.jsonl"),
+        (["-m", "MODEL", "-d", "cuda"], "--device cuda: PyTorch finds no such device here"),
+        (["-m", "MODEL", "-d", "gpu"], "--device gpu: PyTorch finds no such device here"),
+        (["-m", "MODEL", "-d", "meta"], "--device meta: PyTorch finds no such device here"),
         (["-m", "MODEL", "--json", "."], "--json: cannot write .: it is a directory"),
-        (["-m", "MODEL", "--limit", "0"], "--limit: must be from 1 to 1e+09, found 0"),
-        (["-m", "MODEL", "--limit", "9" * 20], "--limit: must be from 1 to 1e+09, found 9999"),
-        (["-m", "MODEL", "--batch_tokens", "-1"], "--batch_tokens: must be from 1 to"),
+        (["-m", "MODEL", "--limit", "0"], "--limit 0: must be from 1 to"),
+        (["-m", "MODEL", "--limit", "9" * 20], f"--limit {'9' * 20}: must be from 1 to"),
+        (["-m", "MODEL", "--batch_tokens", "-1"], "--batch_tokens -1: must be from 1 to"),
         (["-m", "MODEL", "--batch_tokens", "1e9"], "--batch_tokens: invalid int value: '1e9'"),
         (["-m", "MODEL", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
         (["-m", "MODEL", "--data", "."], "--data: no such file: ."),
         (["-m", "MODEL", "--data", "/dev/null"], "--data: no such file: /dev/null"),
         (["-m", "MODEL", "--data", "two\nlines"], "--data: no such file: two lines"),
         (["-m", "MODEL", "--data", "x" * 300], "--data: no such file: xxx"),
-        (["-m", "MODEL", "-d", "hpu"], "-d/--device: PyTorch finds no device hpu here"),
+        (["-m", "MODEL", "-d", "hpu"], "--device hpu: PyTorch finds no such device here"),
         (["-m", ""], "--model: is empty"),
         (["-m", "MODEL", "--save_predictions", "x" * 300], "--save_predictions: cannot write xxx"),
         (["-m", "NAN"], "NAN: cannot be loaded as a GPT-2: "),
         (["-m", "HUGE"], "HUGE: its log-probabilities in float16 are not finite"),
-        (["-m", "MODEL", "--limit", "ten"], "--limit: invalid int value: 'ten'; see --help"),
+        (["-m", "MODEL", "--limit", "ten"], "--limit: invalid int value: 'ten'"),
         (
             ["-m", "MODEL", "--json", "nowhere/x.json"],
             "--json: cannot write nowhere/x.json: No such file or directory",
@@ -274,7 +274,7 @@ def test_the_download_is_verified_and_kept_whole_or_not_at_all(tmp_path, monkeyp
     assert hellaswag.find_file() == file  # without a server
 
 
-EXAM_SCRIPT = """
+TRAINING = """
 import sys
 sys.path.insert(0, {root!r})
 import hellaswag, train_gpt2
@@ -287,7 +287,7 @@ sys.exit(train_gpt2.main())
 def test_in_training_it_gives_the_same_numbers_on_one_rank_and_two_compiled_or_not_and_in_the_script(tmp_path, text):
     records, script = tmp_path / "records.jsonl", tmp_path / "train.py"
     records.write_text("".join(RECORDS.read_text().splitlines(keepends=True)[:25]))
-    script.write_text(EXAM_SCRIPT.format(root=str(ROOT), file=str(records)))
+    script.write_text(TRAINING.format(root=str(ROOT), file=str(records)))
     flags = *SMALL, "--data", text, "--seq_len", 128, "--hellaswag_every", 1, "--max_steps", 2, "--eval_every", 0
     values = []
     for ranks, compiled in (1, "off"), (1, "on"), (2, "on"):

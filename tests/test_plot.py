@@ -189,7 +189,7 @@ def test_loss_of_any_size_is_drawn(tmp_path, loss):
         (f"log --out {'x' * 300}.png", "--out: cannot write xxx", 2),
         ("log/run.json", "log/run.json: holds no run: run.json cannot be read (Not a directory)", 2),
         ("log nowhere", "nowhere: holds no run", 2),
-        ("log --chek", "unrecognized arguments: --chek", 2),
+        ("log --chek", "--chek: there is no such option; did you mean --check?", 2),
     ],
 )
 def test_bad_flags_are_one_line(tmp_path, monkeypatch, capsys, flags, message, status):
@@ -211,7 +211,7 @@ WRONG = Path(__file__).parent / "data" / "wrong"  # logs of the first steps of t
 def test_the_reference_is_of_the_presets_as_they_are():
     """A preset that is changed needs new runs."""
     defaults = {f.name: f.default for f in fields(recipe.TrainConfig)}
-    assert plot.IMMATERIAL | {*plan.FIXED, "eval_tokens"} == defaults.keys()
+    assert plot.IMMATERIAL | {*plan.RESUME_INVARIANT, "eval_tokens"} == defaults.keys()
     for log_dir in SEEDS:
         config = plot.Run.read(log_dir).config
         preset = defaults | recipe.PRESETS[log_dir.parent.name] | dict(preset=log_dir.parent.name)
@@ -222,7 +222,7 @@ def test_the_reference_is_of_the_presets_as_they_are():
 
 
 @pytest.mark.parametrize("log_dir", SEEDS, ids=lambda d: f"{d.parent.name}-{d.name}")
-def test_each_seed_of_the_reference_is_normal_beside_the_others(log_dir, capsys):
+def test_each_reference_seed_is_normal_among_the_others(log_dir, capsys):
     log = plot.Run.read(log_dir)
     others = [run for run in plot.reference_for(log) if run.config["seed"] != log.config["seed"]]
     assert len(others) == len([*log_dir.parent.glob("seed-*")]) - 1 >= 4
@@ -234,7 +234,7 @@ def test_mistakes_are_found(wrong, tmp_path, capsys):
     log_dir = shutil.copytree(WRONG / wrong, tmp_path / wrong)
     assert plot.main(["--check", str(log_dir)]) == 1
     out = capsys.readouterr().out
-    assert f"of 550 steps, beside {len([*plot.REFERENCE.glob('tiny/seed-*')])} seeds of tiny" in out
+    assert f"of 550 steps, compared with {len([*plot.REFERENCE.glob('tiny/seed-*')])} seeds of tiny" in out
     assert "first outside at step" in out and "The loss is not that of this recipe." in out
     assert ("--max_lr is 0.02, and 0.002 in the reference" in out) == (wrong == "ten-times")
     assert ("--warmup_steps is 0, and 100 in the reference" in out) == (wrong == "no-warm-up")
@@ -315,7 +315,7 @@ def test_there_may_be_no_reference(tmp_path, capsys):
     )
     assert "--preset tiny --data input.txt" in error and error.count("\n") == 1 and not (log / "curves.png").exists()
     assert run_script(plot.main, ["--check", str(log), str(log)]) == 2
-    assert "--check takes one log directory" in capsys.readouterr().err
+    assert "--check: takes one log directory" in capsys.readouterr().err
 
 
 TARGETS_ARE_INPUTS = "train_gpt2.inputs_and_targets = lambda rows, device: (rows[:, :-1].long(), rows[:, :-1].long())"
