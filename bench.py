@@ -329,8 +329,9 @@ def parse_arguments(argv: list[str] | None) -> Options:
         raise UserError(f"--peer {args.peer}: there is no train_gpt2.py in it")
     if args.variant and args.variant not in BENCHMARKS[names[0]]:
         raise UserError(f"--variant {args.variant}: no such variant of {names[0]}")
+    device = torch.device(choose_device(args.device))
     data = args.data or (hellaswag.find_file() if "hellaswag" in names else None)
-    return replace(args, names=names, files=files, data=data, device=torch.device(choose_device(args.device)))
+    return replace(args, names=names, files=files, data=data, device=device)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -85,7 +85,7 @@ def small(monkeypatch):
         (fineweb, "find_spec"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))
-    monkeypatch.setitem(train_gpt2.PRESETS, "small", train_gpt2.PRESETS["small"])
+    monkeypatch.setitem(train_gpt2.PRESETS, "small", dict(train_gpt2.PRESETS["small"]))
     exec(SHRINK, dict(bench=bench, train_gpt2=train_gpt2, GPTConfig=GPTConfig))
 
 
@@ -208,7 +208,7 @@ def test_child_that_fails_is_one_line(tmp_path, monkeypatch, capsys, child, reas
         ("--peer nowhere", "--peer nowhere: there is no train_gpt2.py in it"),
         ("--json nowhere/x", "--json: cannot write nowhere/x: No such file or directory"),
         ("--json .", "--json: cannot write .: it is a directory"),
-        ("--reapets 1", "--reapets: there is no such option; did you mean --repeats?"),
+        ("--reapets 1", "--reapets: there is no such option; did you mean --repeats"),
     ],
 )
 def test_errors_are_one_line(tmp_path, monkeypatch, capsys, flags, message):
