@@ -14,7 +14,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate, cycle
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -83,11 +83,6 @@ class Run:
         training = {b.stop: float(np.mean([loss[i] for i in b])) for b in blocks if loss.keys() >= {*b}}
         val = zip(*self.results.get("val", ((), ())), strict=True)
         return dict(training=training, validation={step: value for step, value in val if step > 0})
-
-    def seconds(self, steps: list[float]) -> list[float]:
-        """Return how long training had taken before each of these steps, and in all for steps that are not logged."""
-        before = dict(zip(self.columns["step"], accumulate(self.columns["seconds"], initial=0.0), strict=False))
-        return [before.get(step, sum(self.columns["seconds"])) for step in steps]
 
 
 def read_lines(path: Path) -> list[str]:
@@ -205,23 +200,25 @@ def draw(log_dirs: Iterable[Path], file: Path, reference: list[Run] | None = Non
 
 def draw_run(axes: dict, run: Run, color: str, tokens: float, time: float) -> None:
     """Draw a run into all panels, in these units of tokens and seconds."""
+    steps = run.columns["step"]
+    elapsed = np.cumsum([0, *run.columns["seconds"]])  # before each step, and at the end
 
-    def by_tokens(steps: list[float]) -> list[float]:
-        return [step * run.config["total_batch_size"] / tokens for step in steps]
+    def by_tokens(at: list[float]) -> np.ndarray:
+        return np.array(at) * run.config["total_batch_size"] / tokens
 
-    def by_time(steps: list[float]) -> list[float]:
-        return [seconds / time for seconds in run.seconds(steps)]
+    def by_time(at: list[float]) -> np.ndarray:
+        return np.interp(at, [*steps, steps[-1] + 1], elapsed) / time
 
     dots = dict(color=color, marker="o", markersize=4, linestyle="none", markeredgecolor="white")
-    steps, val = run.results["val"]
+    evaluated, losses = run.results["val"]
     for panel, place in (axes["loss by tokens"], by_tokens), (axes["loss by time"], by_time):
-        panel.plot(place(run.columns["step"]), run.columns["loss"], color=color, alpha=0.5, linewidth=0.8)
-        panel.plot(place(steps), val, label=f"{run.name} on {run.config['data']}", **dots | dict(markersize=6))
+        panel.plot(place(steps), run.columns["loss"], color=color, alpha=0.5, linewidth=0.8)
+        panel.plot(place(evaluated), losses, label=f"{run.name} on {run.config['data']}", **dots | dict(markersize=6))
     for name in "lr", "norm":
         axes[name].plot([t / tokens for t in run.columns["tokens"]], run.columns[name], color=color, alpha=0.7)
     if "hella" in run.results:
-        steps, accuracies = run.results["hella"]
-        axes["hella"].plot(by_tokens(steps), [100 * a for a in accuracies], **dots)
+        evaluated, accuracies = run.results["hella"]
+        axes["hella"].plot(by_tokens(evaluated), [100 * a for a in accuracies], **dots)
 
 
 def draw_bands(panel, run: Run, reference: list[Run], tokens: float) -> None:
