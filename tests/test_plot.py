@@ -103,10 +103,10 @@ def test_without_matplotlib_a_run_says_so_and_ends_well(tmp_path, text, monkeypa
 )
 def test_torn_last_line_is_skipped(tmp_path, name, torn):
     directory = write_run(tmp_path / "a")
-    whole = plot.Run.read(directory)
+    before = plot.Run.read(directory)
     with open(directory / name, "a") as f:
         f.write(torn)
-    assert plot.Run.read(directory) == whole
+    assert plot.Run.read(directory) == before
 
 
 def test_hole_is_compared_as_far_as_there_are_points(tmp_path, capsys):
@@ -248,7 +248,7 @@ def a_run(generator: np.random.Generator, shift: float = 0.0, first: int = 0) ->
     return plot.Run("a", columns, dict(val=val), dict(preset="tiny", max_steps=200))
 
 
-def test_the_bands_are_five_standard_deviations_of_one_more_run():
+def test_bands_are_five_standard_deviations_of_one_more_run():
     """By the book; and of a thousand runs next to none is rejected, while a fifth of a nat is never let pass."""
     generator = np.random.default_rng(0)
     five = [a_run(generator) for _ in range(5)]
@@ -273,7 +273,7 @@ def test_the_bands_are_five_standard_deviations_of_one_more_run():
     assert not any(plot.check(a_run(generator, shift=shift), five) for shift in (-0.2, 0.2))
 
 
-def test_steps_count_from_the_start_of_the_run_and_not_of_the_log(capsys):
+def test_steps_count_from_the_start_of_the_run(capsys):
     """As where a resumed run has a directory of its own; the step it was cut off in counts for nothing."""
     generator = np.random.default_rng(0)
     five = [a_run(generator) for _ in range(5)]
