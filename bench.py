@@ -30,6 +30,7 @@ from statistics import median
 import numpy as np
 import torch
 from torch.nn import functional as F
+from tqdm import tqdm
 
 import fineweb
 import hellaswag
@@ -43,6 +44,13 @@ from tokens import END_OF_TEXT, VOCAB_SIZE, gpt2_encoding
 
 ROOT = Path(__file__).resolve().parent
 SCRIPT = __file__  # what a child runs
+
+
+def seconds(work: Callable, *args) -> float:
+    """Return how long work(*args) takes."""
+    started = time.perf_counter()
+    work(*args)
+    return time.perf_counter() - started
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -79,9 +87,8 @@ def measure_loop(args: "Options", name: str, loss_of: Callable, optimizer: torch
     rows = torch.randint(VOCAB_SIZE, (B, shape.block_size + 1), device=args.device)
     x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
+
+    def step() -> None:
         optimizer.zero_grad()
         with autocast(args):
             loss = loss_of(x, y)
@@ -89,10 +96,12 @@ def measure_loop(args: "Options", name: str, loss_of: Callable, optimizer: torch
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         loss.item()
-        seconds.append(time.perf_counter() - started)
+
+    step()  # warm up
+    median_seconds = sorted(seconds(step) for _ in range(4))[1]  # as in a dry run
     if name == "memory":
         return peak_memory(args.device) / 1e9
-    return B * shape.block_size / sorted(seconds[1:])[1]  # as in a dry run; the first of all is to warm up
+    return B * shape.block_size / median_seconds
 
 
 def autocast(args: "Options") -> torch.autocast:
@@ -134,14 +143,10 @@ def multiply(args: "Options", name: str) -> float:
     n = 8192 if args.device.type == "cuda" else 2048
     A, B = (torch.randn(n, n, device=args.device, dtype=args.dtype) for _ in range(2))
     torch.set_float32_matmul_precision("high")
-    seconds = []
-    for _ in range(12):
-        started = time.perf_counter()
-        (A @ B)[0, 0].item()
-        seconds.append(time.perf_counter() - started)
+    durations = [seconds(lambda: (A @ B)[0, 0].item()) for _ in range(12)]
     with torch.device("meta"):
         flops_per_token = GPT(shape_of(name)[1]).flops_per_token()
-    return 2 * n**3 / median(seconds[2:]) / flops_per_token
+    return 2 * n**3 / median(durations[2:]) / flops_per_token
 
 
 CEILING = "matrix products alone"
@@ -187,9 +192,7 @@ def generate(args: "Options", how: str, dtype: torch.dtype | None = None) -> flo
             model.to(args.dtype)
             run = lambda n: model.generate(idx, n, top_k=50)  # noqa: E731
     run(8)  # warm up
-    started = time.perf_counter()
-    run(64)[0, -1].item()
-    return 4 * 64 / (time.perf_counter() - started)
+    return 4 * 64 / seconds(lambda: run(64)[0, -1].item())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -204,13 +207,10 @@ def prepare(args: "Options", gigatoken: bool) -> float:
     if not gigatoken:
         fineweb.find_spec = lambda name: None
     with tempfile.TemporaryDirectory() as directory:
-        started = time.perf_counter()
-        flags = dict(out_dir=directory, num_proc=2, shard_size=SHARD_SIZE)
-        files = map(str, args.files * 10)
-        assert fineweb.main(["--files", *files, *(f"--{key}={value}" for key, value in flags.items())]) == 0
-        seconds = time.perf_counter() - started
+        flags = f"--out_dir={directory} --num_proc=2 --shard_size={SHARD_SIZE} --files".split()
+        duration = seconds(fineweb.main, [*flags, *map(str, args.files * 10)])
         manifest = json.loads((Path(directory) / "manifest.json").read_text())
-    return sum(shard["tokens"] for shard in manifest["shards"]) / seconds
+    return sum(shard["tokens"] for shard in manifest["shards"]) / duration
 
 
 def tokenize(text: str) -> np.ndarray:
@@ -228,19 +228,16 @@ def prepare_with_pool(args: "Options") -> float:
             for batch in pq.ParquetFile(path).iter_batches(columns=["text"]):
                 yield from batch.column(0).to_pylist()
 
-    n, total, shards = 0, 0, 0
-    buffer = np.empty(SHARD_SIZE, dtype=np.uint16)
+    parts, n, total, shards = [], 0, 0, 0
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory, multiprocessing.Pool(2) as pool:
         for tokens in pool.imap(tokenize, documents(), chunksize=16):
-            rest = tokens[SHARD_SIZE - n :]
-            buffer[n : n + len(tokens) - len(rest)] = tokens[: len(tokens) - len(rest)]
-            n, total = n + len(tokens) - len(rest), total + len(tokens)
-            if n == SHARD_SIZE:
-                np.save(Path(directory) / f"{shards}.npy", buffer)
-                buffer[: len(rest)] = rest
-                n, shards = len(rest), shards + 1
-        np.save(Path(directory) / f"{shards}.npy", buffer[:n])
+            parts.append(tokens)
+            n, total = n + len(tokens), total + len(tokens)
+            if n >= SHARD_SIZE:
+                np.save(Path(directory) / f"{shards}.npy", np.concatenate(parts))
+                parts, n, shards = [], 0, shards + 1
+        np.save(Path(directory) / f"{shards}.npy", np.concatenate(parts))
         return total / (time.perf_counter() - started)
 
 
@@ -264,64 +261,48 @@ def evaluate(args: "Options", one_at_a_time: bool) -> float:
             sums = [loss[i, len(e.context) - 1 : len(row) - 1].sum() for i, row in enumerate(rows)]
             torch.stack(sums).argmin().item()
 
-    def measure(work: Callable) -> float:
-        work(examples[:8])  # warm up
-        started = time.perf_counter()
-        work(examples)
-        return len(examples) / (time.perf_counter() - started)
-
     if one_at_a_time:
-        return measure(score_one_at_a_time)
-    tune_malloc()  # as the script does
-    model.to(args.dtype)
-    return measure(lambda examples: hellaswag.score(model, examples, 1024))
+        work = score_one_at_a_time
+    else:
+        tune_malloc()  # as the script does
+        model.to(args.dtype)
+        work = lambda examples: hellaswag.score(model, examples, 1024)  # noqa: E731
+    work(examples[:8])  # warm up
+    return len(examples) / seconds(work, examples)
 
 
+UNITS = {"memory": "GB", "hellaswag": "examples/s"}  # of the others, tokens/s
 BENCHMARKS = {
-    "small": ("tokens/s", training("small")),
-    "124M": ("tokens/s", training("124M")),
-    "memory": ("GB", {k: v for k, v in training("memory").items() if k != CEILING}),
-    "generate": (
-        "tokens/s",
-        {
-            "GPT.generate": partial(generate, how="ours"),
-            "transformers.generate, float32": partial(generate, how="transformers", dtype=torch.float32),
-            "transformers.generate, bfloat16": partial(generate, how="transformers", dtype=torch.bfloat16),
-            "without a cache": partial(generate, how="loop"),
-        },
-    ),
-    "fineweb": (
-        "tokens/s",
-        {
-            "fineweb.py with gigatoken": lambda args: prepare(args, gigatoken=True),
-            "fineweb.py with tiktoken": lambda args: prepare(args, gigatoken=False),
-            "a document at a time, Pool(2)": prepare_with_pool,
-        },
-    ),
-    "hellaswag": (
-        "examples/s",
-        {
-            "hellaswag.py": lambda args: evaluate(args, one_at_a_time=False),
-            "an example at a time": lambda args: evaluate(args, one_at_a_time=True),
-        },
-    ),
-    "optimizer": (
-        "tokens/s",
-        {f"--optimizer {which}": partial(train, name="optimizer", optimizer=which) for which in ("muon", "adamw")},
-    ),
+    "small": training("small"),
+    "124M": training("124M"),
+    "memory": {variant: measure for variant, measure in training("memory").items() if variant != CEILING},
+    "generate": {
+        "GPT.generate": partial(generate, how="ours"),
+        "transformers.generate, float32": partial(generate, how="transformers", dtype=torch.float32),
+        "transformers.generate, bfloat16": partial(generate, how="transformers", dtype=torch.bfloat16),
+        "without a cache": partial(generate, how="loop"),
+    },
+    "fineweb": {
+        "fineweb.py with gigatoken": partial(prepare, gigatoken=True),
+        "fineweb.py with tiktoken": partial(prepare, gigatoken=False),
+        "a document at a time, Pool(2)": prepare_with_pool,
+    },
+    "hellaswag": {
+        "hellaswag.py": partial(evaluate, one_at_a_time=False),
+        "an example at a time": partial(evaluate, one_at_a_time=True),
+    },
+    "optimizer": {
+        f"--optimizer {which}": partial(train, name="optimizer", optimizer=which) for which in ("muon", "adamw")
+    },
 }
 
 
 @dataclass(frozen=True)
 class Options:
-    names: tuple[str, ...] = option(
-        (), f"which: {', '.join(BENCHMARKS)} (default: all)", positional=True, metavar="NAME"
-    )
+    names: tuple[str, ...] = option((), f"some of {', '.join(BENCHMARKS)}", positional=True, metavar="NAME")
     repeats: int = option(5, "number of runs of each variant", low=1, high=1000, metavar="N")
     files: tuple[str, ...] = option((), "parquet files for fineweb, with a column text", metavar="FILE")
-    data: Path | None = option(
-        None, "the HellaSwag file (default: as hellaswag.py finds it)", type=input_file, metavar="FILE"
-    )
+    data: Path | None = option(None, "HellaSwag file (default: as hellaswag.py)", type=input_file, metavar="FILE")
     peer: Path | None = option(None, "a checkout of karpathy/build-nanogpt to measure, too", metavar="DIR")
     device: str | torch.device = option("auto", "cpu, cuda, or auto for the fastest", metavar="DEVICE")
     json: Path | None = option(None, "write all figures to this file", type=output_file, metavar="FILE")
@@ -346,12 +327,11 @@ def parse_arguments(argv: list[str] | None) -> Options:
         raise UserError(f"--files {other[0]}: is not a .parquet file")
     if args.peer and not os.path.isfile(args.peer / "train_gpt2.py"):
         raise UserError(f"--peer {args.peer}: there is no train_gpt2.py in it")
-    if args.variant and args.variant not in BENCHMARKS[names[0]][1]:
+    if args.variant and args.variant not in BENCHMARKS[names[0]]:
         raise UserError(f"--variant {args.variant}: no such variant of {names[0]}")
-    data = args.data
-    if "hellaswag" in names and not args.variant:
-        data = data or hellaswag.find_file()
-    return replace(args, names=names, files=files, data=data, device=torch.device(choose_device(args.device)))
+    device = torch.device(choose_device(args.device))
+    data = args.data or (hellaswag.find_file() if "hellaswag" in names else None)
+    return replace(args, names=names, files=files, data=data, device=device)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -359,19 +339,19 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     if args.variant:
         torch.manual_seed(0)
-        print("figure", BENCHMARKS[args.names[0]][1][args.variant](args))
+        print("figure", BENCHMARKS[args.names[0]][args.variant](args))
         return 0
     print(f"{args.device}, {torch.get_num_threads()} threads, {args.dtype}, torch {torch.__version__}", flush=True)
     figures = {}
     for name in args.names:
-        unit, variants = BENCHMARKS[name]
-        runs: dict[str, list[float]] = {v: [] for v in variants if args.peer or v != "build-nanogpt"}
-        for i in range(args.repeats):
-            for variant, values in runs.items():
-                show(f"{name} {i + 1}/{args.repeats}: {variant} …")
-                values.append(measure_in_child(args, name, variant))
-        show("")
-        report(name, unit, runs)
+        runs: dict[str, list[float]] = {v: [] for v in BENCHMARKS[name] if args.peer or v != "build-nanogpt"}
+        with tqdm(total=args.repeats * len(runs), leave=False, disable=None) as bar:  # on a terminal
+            for variant in [*runs] * args.repeats:
+                bar.set_description(f"{name}: {variant}")
+                runs[variant].append(measure_in_child(args, name, variant))
+                bar.update()
+        unit = UNITS.get(name, "tokens/s")
+        print_table(name, unit, runs)
         figures[name] = dict(unit=unit, runs=runs)
     if args.json:
         about = dict(device=str(args.device), dtype=str(args.dtype), torch=torch.__version__)
@@ -393,21 +373,14 @@ def measure_in_child(args: "Options", name: str, variant: str) -> float:
     return float(done.stdout.split("figure ")[-1])
 
 
-def show(line: str) -> None:
-    """Show what is being measured, on a terminal."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-
-
-def report(name: str, unit: str, runs: dict[str, list[float]]) -> None:
-    """Print a benchmark's table."""
+def print_table(name: str, unit: str, runs: dict[str, list[float]]) -> None:
     print(f"\n{name} ({unit})")
     baseline = [*runs.values()][-1]
     for variant, values in runs.items():
         ratio = median(value / base for value, base in zip(values, baseline, strict=True))
         spread = f"{min(values):,.4g} to {max(values):,.4g}"
-        share = f", {median(values) / median(runs[CEILING]):.0%} of the matrix rate" if CEILING in runs else ""
-        print(f"  {variant:34} {median(values):12,.4g}   ({spread})   × {ratio:.2f}{share}")
+        fraction = f", {median(values) / median(runs[CEILING]):.0%} of the matrix rate" if CEILING in runs else ""
+        print(f"  {variant:34} {median(values):12,.4g}   ({spread})   × {ratio:.2f}{fraction}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +52,7 @@ ROOT = Path(__file__).resolve().parent
 PRETOKENIZED = "kjj0/finewebedu10B-gpt2"
 CONTINUE = "the same command continues after the last complete shard"
 MAX_DOCUMENT = 2**30  # bytes, decompressed
-BATCH, BATCH_BYTES = 256, 2**22  # documents that are encoded together: at most so many, and once they are so large
+BATCH, BATCH_BYTES = 256, 2**22  # a batch of documents, encoded together, ends at either
 READ_AHEAD = 2**26  # bytes of text that wait for an encoder
 
 
@@ -60,9 +61,9 @@ READ_AHEAD = 2**26  # bytes of text that wait for an encoder
 
 
 class Document(NamedTuple):
-    """A text, where the source has it, and the fraction of the source that lies before."""
+    """A text, which file of the source and which document of that file it is, and the fraction of the source before."""
 
-    file: int  # which file of the source, and which document in it
+    file: int
     number: int
     text: str
     done: float
@@ -70,46 +71,36 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where to continue: from this document of this source file on, `tokens` tokens are already written."""
+    """Where to continue: at this document of this source file, of which `tokens` tokens are already written."""
 
     file: int = 0
     document: int = 0
     tokens: int = 0
 
 
-class Batch(NamedTuple):
-    """Documents that follow each other, where the first one is, and their size in bytes."""
-
-    texts: list[str]
-    cursor: Cursor
-    done: float
-    size: int
+Batch = list[Document]
 
 
 def make_batches(documents: Iterable[Document]) -> Iterator[Batch]:
     """Group documents into batches of at most BATCH documents, which end where they reach BATCH_BYTES."""
-    texts, size = [], 0
+    batch, size = [], 0
     for document in documents:
-        if not texts:
-            first = document
-        texts.append(document.text)
+        batch.append(document)
         size += sys.getsizeof(document.text)
-        if len(texts) == BATCH or size >= BATCH_BYTES:
-            yield Batch(texts, Cursor(first.file, first.number), first.done, size)
-            texts, size = [], 0
-    if texts:
-        yield Batch(texts, Cursor(first.file, first.number), first.done, size)
+        if len(batch) == BATCH or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def read_files(paths: list[Path], column: str, start: Cursor) -> Iterator[Document]:
     """Yield the documents of local files from start on. Raise UserError naming file and document."""
-    sizes = [p.stat().st_size for p in paths]
-    for i, path in enumerate(paths[start.file :], start=start.file):
-        before, total = sum(sizes[:i]), max(1, sum(sizes))
-        skip = start.document if i == start.file else 0
-        for n, text, fraction in find_reader(path)(path, column, skip):
-            check_text(text, n, column, str(path))
-            yield Document(i, n, text, (before + fraction * sizes[i]) / total)
+    for i in range(start.file, len(paths)):
+        for n, (text, fraction) in enumerate(find_reader(paths[i])(paths[i], column)):
+            if (i, n) >= (start.file, start.document):
+                check_text(text, n, column, str(paths[i]))
+                yield Document(i, n, text, (i + fraction) / len(paths))
 
 
 def check_text(text: object, n: int, column: str, source: str) -> None:
@@ -118,7 +109,7 @@ def check_text(text: object, n: int, column: str, source: str) -> None:
         raise UserError(f"{source}: document {n:,} has {repr(text)[:80]} in {column}, which is not text")
 
 
-def find_reader(path: Path) -> Callable[[Path, str, int], Iterator[tuple[int, object, float]]] | None:
+def find_reader(path: Path) -> Callable[[Path, str], Iterator[tuple[object, float]]] | None:
     """Return the reader of a file by the end of its name, or None."""
     if path.suffix == ".parquet":
         return read_parquet
@@ -126,60 +117,49 @@ def find_reader(path: Path) -> Callable[[Path, str, int], Iterator[tuple[int, ob
     return {".jsonl": read_jsonl, ".json": read_jsonl, ".txt": read_text}.get(kind)
 
 
-def read_parquet(path: Path, column: str, skip: int) -> Iterator[tuple[int, object, float]]:
-    """Yield from document `skip` on: its number, its text and the fraction of the file that lies before it."""
+def read_parquet(path: Path, column: str) -> Iterator[tuple[object, float]]:
+    """Yield each document of a file, and the fraction of the file that lies before it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    n = 0
     try:
         with pq.ParquetFile(path) as file:
             names, total = file.schema_arrow.names, file.metadata.num_rows
             if column not in names:
                 raise UserError(f"{path}: has no column {column}, but {', '.join(names)}")
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                if n + rows <= skip:
-                    n += rows
-                    continue
-                for batch in file.iter_batches(BATCH, row_groups=[group], columns=[column]):
-                    for value in batch.column(0):
-                        if n >= skip:
-                            yield n, value.as_py(), n / total
-                        n += 1
+            batches = file.iter_batches(BATCH, columns=[column])
+            for n, value in enumerate(value for batch in batches for value in batch.column(0)):
+                yield value.as_py(), n / total
     except UnicodeDecodeError:
         raise UserError(f"{path}: document {n:,} has no UTF-8 text in {column}") from None
     except (pa.ArrowException, OSError) as e:
         raise UserError(f"{path}: cannot be read as parquet ({first_line(e)})") from None
 
 
-def read_jsonl(path: Path, column: str, skip: int) -> Iterator[tuple[int, object, float]]:
-    """The same for lines of JSON, of which .gz and .zst are decompressed while reading."""
+def read_jsonl(path: Path, column: str) -> Iterator[tuple[object, float]]:
+    """The same for lines of JSON."""
     size = path.stat().st_size
     with open_compressed(path) as (file, tell):
         for n, line in enumerate(iter(lambda: file.readline(MAX_DOCUMENT + 1), b"")):
             check_size(line, n, path)
-            if n < skip:
-                continue
             try:
                 text = json.loads(line)[column]
             except KeyError:
                 raise UserError(f"{path}: document {n:,} has no {column}, but {', '.join(json.loads(line))}") from None
             except (ValueError, TypeError, RecursionError) as e:
                 raise UserError(f"{path}: document {n:,} is not a JSON object ({first_line(e)})") from None
-            yield n, replace_surrogates(text), tell() / size
+            yield replace_surrogates(text), tell() / size
 
 
-def read_text(path: Path, column: str, skip: int) -> Iterator[tuple[int, object, float]]:
+def read_text(path: Path, column: str) -> Iterator[tuple[object, float]]:
     """The same for a text file, which is one document."""
-    if skip == 0:
-        with open_compressed(path) as (file, _):
-            content = file.read(MAX_DOCUMENT + 1)
-            check_size(content, 0, path)
-            try:
-                yield 0, content.decode("utf-8"), 0.0
-            except UnicodeDecodeError as e:
-                raise UserError(f"{path}: not UTF-8 text (byte {e.start:,})") from None
+    with open_compressed(path) as (file, _):
+        content = file.read(MAX_DOCUMENT + 1)
+    check_size(content, 0, path)
+    try:
+        yield content.decode("utf-8"), 0.0
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 text (byte {e.start:,})") from None
 
 
 def check_size(content: bytes, n: int, path: Path) -> None:
@@ -190,7 +170,7 @@ def check_size(content: bytes, n: int, path: Path) -> None:
 
 @contextlib.contextmanager
 def open_compressed(path: Path) -> Iterator[tuple[io.BufferedIOBase, Callable[[], int]]]:
-    """Open a file to read bytes, through gzip or zstd where its name says so; with what tells the place in the file."""
+    """Open a file to read bytes, decompressed if its name ends in .gz or .zst; yield it and its method `tell`."""
     import pyarrow as pa
 
     kind = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
@@ -208,32 +188,42 @@ def replace_surrogates(text: object) -> object:
     return text
 
 
+@contextlib.contextmanager
+def hub_errors(dataset: str) -> Iterator[None]:
+    """Raise UserError for whatever the hub's clients raise."""
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    what = "--pretokenized" if dataset == PRETOKENIZED else f"--dataset {dataset}"
+    try:
+        yield
+    except UserError:
+        raise
+    except RepositoryNotFoundError:
+        raise UserError(f"{what}: no such data set on the hub, or not open to you") from None
+    except Exception as e:  # ValueError: no such name, configuration or split; others: the network, damaged bytes
+        if type(e) in (ValueError, HFValidationError):
+            raise UserError(f"{what}: {first_line(e)}") from None
+        raise UserError(f"{what}: cannot be read from the hub ({first_line(e)})", 4) from None
+
+
 def read_hub(source: dict, column: str, start: Cursor) -> Iterator[Document]:
-    """Yield the documents of a data set on the Hugging Face hub from start on. They are streamed, so that no copy of
-    it lands on the disk. Raise UserError."""
+    """Stream the documents of a data set on the Hugging Face hub from start on. Raise UserError."""
     from datasets import load_dataset
 
     name = source["dataset"]
-    try:
-        stream = load_dataset(
-            name, name=source["name"], split=source["split"], revision=source["revision"], streaming=True
-        )
+    with hub_errors(name):
+        options = dict(name=source["name"], split=source["split"], revision=source["revision"])
+        stream = load_dataset(name, **options, streaming=True)
         if stream.column_names and column not in stream.column_names:
             raise UserError(f"--text_column {column}: {name} has {', '.join(stream.column_names)}")
         stream = stream.select_columns([column]).with_format("arrow")
         for i in range(start.file, stream.num_shards):  # source files, not token shards
-            n, skip = 0, start.document if i == start.file else 0
-            for table in stream.shard(stream.num_shards, i).iter(BATCH):
-                for value in table[column] if n + len(table) > skip else ():
-                    if n >= skip:
-                        text = value.as_py()
-                        check_text(text, n, column, f"{name}, file {i:,}")
-                        yield Document(i, n, text, i / stream.num_shards)
-                    n += 1
-    except UserError:
-        raise
-    except Exception as e:  # ValueError: no such configuration, split or column; others: the network, damaged bytes
-        raise UserError(f"--dataset {name}: {first_line(e)}", 2 if type(e) is ValueError else 4) from None
+            tables = stream.shard(stream.num_shards, i).iter(BATCH)
+            for n, value in enumerate(value for table in tables for value in table[column]):
+                if (i, n) >= (start.file, start.document):
+                    text = value.as_py()
+                    check_text(text, n, column, f"{name}, file {i:,}")
+                    yield Document(i, n, text, i / stream.num_shards)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -283,14 +273,15 @@ def encode_in_order(batches: Iterable[Batch], encoder: Encoder, num_proc: int) -
         failure, size = None, 0
         try:
             for batch in batches:
-                waiting.append((batch, pool.submit(encoder, batch.texts)))
-                size += batch.size
+                texts = [document.text for document in batch]
+                waiting.append((batch, pool.submit(encoder, texts), sum(map(sys.getsizeof, texts))))
+                size += waiting[-1][2]
                 while len(waiting) > 4 * num_proc or size > READ_AHEAD:
                     yield waiting[0][0], waiting[0][1].result()
-                    size -= waiting.popleft()[0].size  # not before: if this one fails, nothing later may follow
+                    size -= waiting.popleft()[2]  # not before: if this one fails, nothing later may follow
         except UserError as e:
             failure = e
-        for batch, block in waiting:  # what was read before a failure is kept
+        for batch, block, _ in waiting:  # what was read before a failure is kept
             yield batch, block.result()
         if failure:
             raise failure
@@ -310,8 +301,7 @@ def check_writable(directory: Path) -> None:
 
 
 def open_manifest(directory: Path, settings: dict) -> dict:
-    """Return the manifest of what these settings have begun in a directory, or a new one. Raise UserError where others
-    have, and where shards have no manifest."""
+    """Return a directory's manifest, or a new one. Raise UserError if it was begun with other settings."""
     if not (directory / "manifest.json").exists():
         if find_shards(directory):
             raise UserError(f"{directory}: holds shards but no manifest.json to continue from; use another --out_dir")
@@ -335,21 +325,23 @@ class ShardWriter:
         self.directory, self.settings = directory, settings
         try:
             self.buffer = np.empty(settings["shard_size"], dtype=np.uint16)
-        except (MemoryError, ValueError):
+        except MemoryError:
             raise UserError(f"--shard_size {settings['shard_size']}: a shard must fit in memory") from None
-        self.filled = 0
+        self.filled, self.cursor = 0, Cursor()
         self.manifest = open_manifest(directory, settings)
         for shard in self.manifest["shards"]:
             if not (directory / shard["name"]).is_file():
                 raise UserError(f"{directory / shard['name']}: is missing; restore it, or use another --out_dir")
-        self.cursor = Cursor()
         if self.manifest["shards"] and not self.manifest["complete"]:
             try:
-                check_types(self.manifest, cursor=dict)
-                check_types(self.manifest["cursor"], file=int, document=int, tokens=int)
-                self.cursor = Cursor(**self.manifest["cursor"])
-            except (TypeError, ValueError) as e:
+                check_types(self.manifest.get("cursor"), file=int, document=int, tokens=int)
+            except ValueError as e:
                 raise ShardError(f"{directory / 'manifest.json'}: cannot be continued ({e})") from None
+            self.cursor = Cursor(**self.manifest["cursor"])
+
+    def describe(self) -> str:
+        shards, documents = self.manifest["shards"], self.manifest["documents"]
+        return f"{sum(s['tokens'] for s in shards):,} tokens of {documents:,} documents in {len(shards)} shards"
 
     def write(self, tokens: np.ndarray, cursor: Cursor, documents: int) -> None:
         """Add tokens, which follow the cursor, to the stream; `documents` lie before the cursor."""
@@ -367,7 +359,7 @@ class ShardWriter:
         shards = self.manifest["shards"]
         name = f"edufineweb_{'train' if shards else 'val'}_{len(shards):06d}.npy"
         if not shards:
-            make_directory(self.directory)
+            self.directory.mkdir(parents=True, exist_ok=True)
             write_manifest(self.directory, self.manifest)
         write_shard(self.directory / name, self.buffer[: self.filled])
         shard = dict(name=name, tokens=self.filled, sha256=sha256(self.directory / name))
@@ -385,77 +377,56 @@ class ShardWriter:
         self.flush(documents=documents, complete=True)
 
 
-def make_directory(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out_dir {directory}: cannot be made ({e.strerror})", 4) from None
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # The script
 
 
 def prepare(args: "Options") -> None:
-    """Read, encode and write, from the beginning or from where the manifest says. Raise UserError."""
+    """Read, encode and write documents, from the beginning or from where the manifest says. Raise UserError."""
     if args.limit_tokens is not None and args.limit_tokens <= args.shard_size:
-        raise UserError(
-            f"--limit_tokens {args.limit_tokens}: must be more than --shard_size {args.shard_size}, "
-            "the tokens for validation"
-        )
+        raise UserError(f"--limit_tokens {args.limit_tokens}: must be more than --shard_size {args.shard_size}")
     if args.files:
         paths = expand(args.files)
         source = dict(files=[[p.name, p.stat().st_size] for p in paths])
+        read = partial(read_files, paths)
     else:
         revision = find_revision(args.out_dir, args.dataset)
         name = args.name or ("sample-10BT" if args.dataset == Options.dataset else None)
         source = dict(dataset=args.dataset, name=name, split=args.split, revision=revision)
-    settings = dict(
-        source=source,
-        text_column=args.text_column,
-        tokenizer=SHA256,
-        shard_size=args.shard_size,
-        limit_tokens=args.limit_tokens,
-    )
+        read = partial(read_hub, source)
+    settings = dict(source=source, text_column=args.text_column, tokenizer=SHA256)
+    settings |= dict(shard_size=args.shard_size, limit_tokens=args.limit_tokens)
     out = ShardWriter(args.out_dir, settings)
-    if out.manifest["complete"]:
-        print(f"{args.out_dir} is complete: {describe(out.manifest)}")
-        return
-    cursor, documents = out.cursor, out.manifest["documents"]
-    skip, written = cursor.tokens, sum(shard["tokens"] for shard in out.manifest["shards"])
-    if written:
-        print(f"{args.out_dir}: continuing after {describe(out.manifest)}")
-    read = read_files(paths, args.text_column, cursor) if args.files else read_hub(source, args.text_column, cursor)
+    if not out.manifest["complete"]:
+        if out.manifest["shards"]:
+            print(f"{args.out_dir}: continuing after {out.describe()}")
+        encode_and_write(read(args.text_column, out.cursor), out, args)
+    print(f"{args.out_dir} is complete: {out.describe()}")
+
+
+def encode_and_write(documents: Iterable[Document], out: ShardWriter, args: "Options") -> None:
+    """Write the tokens of documents, which begin at the cursor of out. Raise UserError."""
     fast = find_spec("gigatoken") is not None
     encoder = make_gigatoken() if fast else encode_tiktoken
     print(f"encoding by {'gigatoken, checked against tiktoken' if fast else 'tiktoken; gigatoken would be faster'}")
-    limit = args.limit_tokens or float("inf")
-    started, first, n_bytes = time.perf_counter(), written, 0
+    limit = args.limit_tokens or sys.maxsize
+    skip, n_documents = out.cursor.tokens, out.manifest["documents"]
+    first = written = sum(shard["tokens"] for shard in out.manifest["shards"])
+    started = time.perf_counter()
     bar_format = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     with tqdm(total=1.0, bar_format=bar_format, dynamic_ncols=True) as bar:
-        for batch, block in encode_in_order(make_batches(read), encoder, args.num_proc):
-            new = block[skip : min(len(block), skip + limit - written)]
-            out.write(new, replace(batch.cursor, tokens=skip), documents)
+        for batch, block in encode_in_order(make_batches(documents), encoder, args.num_proc):
+            new = block[skip : skip + limit - written]
+            out.write(new, Cursor(batch[0].file, batch[0].number, skip), n_documents)
             skip, written = max(0, skip - len(block)), written + len(new)
-            documents += len(batch.texts)
-            n_bytes += sum(map(len, batch.texts))
-            seconds = time.perf_counter() - started
-            bar.update(max(0, max(batch.done, written / limit) - bar.n))
-            bar.set_postfix_str(
-                f"{written:,} tokens, {len(out.manifest['shards'])} shards, "
-                f"{(written - first) / seconds / 1e6:.1f}M tok/s, {n_bytes / seconds / 1e6:.0f} MB/s",
-                refresh=False,
-            )
+            n_documents += len(batch)
+            speed = (written - first) / (time.perf_counter() - started) / 1e6
+            bar.set_postfix_str(f"{written:,} tokens, {speed:.1f}M tok/s", refresh=False)
+            bar.update(max(batch[0].done, written / limit) - bar.n)
             if written >= limit:
                 break
-        out.finish(documents)
+        out.finish(n_documents)
         bar.update(1 - bar.n)
-    print(f"{args.out_dir} is complete: {describe(out.manifest)}")
-
-
-def describe(manifest: dict) -> str:
-    tokens = sum(shard["tokens"] for shard in manifest["shards"])
-    return f"{tokens:,} tokens of {manifest['documents']:,} documents in {len(manifest['shards'])} shards"
 
 
 def expand(patterns: list[str]) -> list[Path]:
@@ -468,67 +439,60 @@ def expand(patterns: list[str]) -> list[Path]:
         paths += map(Path, found)
     for path in paths:
         if find_reader(path) is None or not path.is_file():
-            raise UserError(
-                f"--files {path}: neither .parquet nor .jsonl nor .txt (.gz and .zst of these are read, too)"
-            )
+            raise UserError(f"--files {path}: neither .parquet nor .jsonl nor .txt, nor .gz or .zst of these two")
     return paths
 
 
 def find_revision(out_dir: Path, dataset: str) -> str | None:
-    """Return the commit of a data set that out_dir was begun with, or else the newest on the hub."""
+    """Return the commit of a data set that out_dir was begun with, or else the newest on the hub. Raise UserError."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
 
     if (out_dir / "manifest.json").exists():
         return read_manifest(out_dir)["source"].get("revision")
-    try:
+    with hub_errors(dataset):
         return HfApi().dataset_info(dataset).sha
-    except HFValidationError as e:
-        raise UserError(f"--dataset {dataset}: {first_line(e)}") from None
-    except Exception as e:  # whatever the hub's client raises
-        if getattr(getattr(e, "response", None), "status_code", None) in (401, 403, 404):
-            raise UserError(f"--dataset {dataset}: no such data set on the hub, or not open to you") from None
-        raise UserError(
-            f"--dataset {dataset}: the hub is out of reach ({first_line(e)}); --files needs none", 4
-        ) from None
 
 
 def download(out_dir: Path, n: int | None) -> None:
-    """Fetch shards in llm.c's format that others have tokenized: those for validation and the first n for training, or
-    all. Those that are there already are kept. Each is verified."""
-    from huggingface_hub import HfApi, hf_hub_download
+    """Download shards that others have tokenized: those for validation, and the first n for training or all.
+
+    Keep those that are there already. Verify each by its SHA-256. Raise UserError.
+    """
+    from huggingface_hub import HfApi
 
     revision = find_revision(out_dir, PRETOKENIZED)
     manifest = open_manifest(out_dir, dict(source=dict(dataset=PRETOKENIZED, revision=revision), tokenizer=SHA256))
-    try:
+    with hub_errors(PRETOKENIZED):
         info = HfApi().dataset_info(PRETOKENIZED, revision=revision, files_metadata=True)
-        sha = {f.rfilename: f.lfs.sha256 for f in info.siblings if is_shard_name(f.rfilename)}
-        train = sorted(name for name in sha if split_of(name) == "train")
-        names = sorted(name for name in sha if split_of(name) == "val")
-        names += [name for i, name in enumerate(train) if n is None or i < n or (out_dir / name).exists()]
-        make_directory(out_dir)
-        write_manifest(out_dir, manifest | dict(complete=False))
-        where = dict(repo_type="dataset", revision=revision, local_dir=out_dir / ".download")
-        shards = []
-        for name in tqdm(names, unit="shard"):
-            path = out_dir / name
-            for attempt in range(3):
-                if path.exists() and sha256(path) == sha[name]:
-                    break
-                partial = Path(hf_hub_download(PRETOKENIZED, name, force_download=attempt > 0, **where))
-                if sha256(partial) == sha[name]:
-                    partial.replace(path)
-                    break
-            else:
-                raise UserError(f"{path}: downloaded three times, each time with a wrong SHA-256; try again later", 4)
-            shards.append(dict(name=name, tokens=len(open_shard(path)), sha256=sha[name]))
-        write_manifest(out_dir, manifest | dict(shards=shards, complete=True))
-        shutil.rmtree(out_dir / ".download", ignore_errors=True)
-    except UserError:
-        raise
-    except Exception as e:  # whatever the hub's client raises
-        raise UserError(f"{PRETOKENIZED}: {first_line(e)}", 4) from None
+    sha = {f.rfilename: f.lfs.sha256 for f in info.siblings if is_shard_name(f.rfilename)}
+    train = sorted(name for name in sha if split_of(name) == "train")
+    names = sorted(name for name in sha if split_of(name) == "val")
+    names += [name for i, name in enumerate(train) if n is None or i < n or (out_dir / name).exists()]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    write_manifest(out_dir, manifest | dict(complete=False))
+    shards = []
+    for name in tqdm(names, unit="shard"):
+        path = out_dir / name
+        if not path.exists() or sha256(path) != sha[name]:
+            fetch(path, revision, sha[name])
+        shards.append(dict(name=name, tokens=len(open_shard(path)), sha256=sha[name]))
+    write_manifest(out_dir, manifest | dict(shards=shards, complete=True))
+    shutil.rmtree(out_dir / ".download", ignore_errors=True)
     print(f"{out_dir} has {sum(s['tokens'] for s in shards):,} tokens in {len(shards)} shards")
+
+
+def fetch(path: Path, revision: str, expected: str) -> None:
+    """Download one shard, at most three times, until its SHA-256 is as expected. Raise UserError."""
+    from huggingface_hub import hf_hub_download
+
+    where = dict(repo_type="dataset", revision=revision, local_dir=path.parent / ".download")
+    for attempt in range(3):
+        with hub_errors(PRETOKENIZED):
+            downloaded = Path(hf_hub_download(PRETOKENIZED, path.name, force_download=attempt > 0, **where))
+        if sha256(downloaded) == expected:
+            downloaded.replace(path)
+            return
+    raise UserError(f"{path}: downloaded three times, each time with a wrong SHA-256; try again later", 4)
 
 
 def verify(directory: Path) -> None:
@@ -551,18 +515,11 @@ def verify(directory: Path) -> None:
 @dataclass(frozen=True)
 class Options:
     dataset: str = option("HuggingFaceFW/fineweb-edu", "data set on the Hugging Face hub", metavar="NAME")
-    name: str | None = option(
-        None, "its configuration (default: sample-10BT for FineWeb-Edu, else its only one)", metavar="NAME"
-    )
+    name: str | None = option(None, "its configuration (default: sample-10BT, or the only one)", metavar="NAME")
     split: str = option("train", "its split", metavar="NAME")
     text_column: str = option("text", "column, or field of .jsonl, that holds the documents", metavar="NAME")
-    files: tuple[str, ...] = option(
-        (), "read local files, or patterns of them: .parquet, .jsonl, or .txt, a document each; also .gz and .zst",
-        metavar="FILE",
-    )  # fmt: skip
-    pretokenized: str | None = option(
-        None, f"download the first N training shards of {PRETOKENIZED}, or all", metavar="N"
-    )
+    files: tuple[str, ...] = option((), "local .parquet, .jsonl, .txt, also .gz and .zst, or patterns", metavar="FILE")
+    pretokenized: str | None = option(None, f"download N training shards of {PRETOKENIZED}, or all", metavar="N")
     verify: Path | None = option(None, "compare a directory with its manifest, and do nothing else", metavar="DIR")
     out_dir: Path = option(ROOT / "edu_fineweb10B", "directory for the shards", metavar="DIR")
     shard_size: int = option(100_000_000, "tokens per shard", low=1, metavar="N")
@@ -578,11 +535,11 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--pretokenized {n}: must be a number of shards, or all")
     if sum(map(bool, (args.files, args.pretokenized, args.verify))) > 1:
         raise UserError("--files, --pretokenized and --verify: give one of them")
+    if args.verify:
+        verify(args.verify)
+        return 0
+    check_writable(args.out_dir)
     try:
-        if args.verify:
-            verify(args.verify)
-            return 0
-        check_writable(args.out_dir)
         if n:
             download(args.out_dir, None if n == "all" else int(n))
         else:
@@ -590,9 +547,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         raise UserError(f"interrupted; {CONTINUE}", 130) from None
     except UserError as e:
-        if e.status == 4:  # disk or network
-            raise UserError(f"{e}; {CONTINUE}", 4) from None
-        raise
+        raise UserError(f"{e}; {CONTINUE}" if e.status == 4 else str(e), e.status) from None
     return 0
 
 

@@ -21,7 +21,6 @@ import math
 import re
 import sys
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -119,8 +118,8 @@ def render_lm_eval(record: dict) -> tuple[list[int], list[list[int]], list[float
     context = clean(f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}")
     endings = [clean(ending) for ending in record["endings"]]
     prefix = encode(context.rstrip())  # a trailing space belongs to what follows
-    whole = [encode(f"{context} {ending}") for ending in endings]
-    return prefix, [tokens[len(prefix) :] for tokens in whole], [len(ending) for ending in endings]
+    both = [encode(f"{context} {ending}") for ending in endings]
+    return prefix, [tokens[len(prefix) :] for tokens in both], [len(ending) for ending in endings]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -160,16 +159,8 @@ def make_rows(examples: list[Example], block_size: int) -> tuple[list[Row], int]
     return sorted(rows, key=len, reverse=True), cut
 
 
-def make_batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
-    """Yield rows of similar length together, up to batch_tokens with padding."""
-    while rows:
-        n = max(1, batch_tokens // len(rows[0]))
-        yield rows[:n]
-        rows = rows[n:]
-
-
-def score_batch(model: GPT, rows: list[Row], device: torch.device) -> Iterator[tuple[int, int, float]]:
-    """Yield for each ending its example, its number and the sum of its tokens' log-probabilities, in float32."""
+def score_batch(model: GPT, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return for each token of the endings its ending (example · 4 + choice) and its log-probability, both (n,)."""
     B, S = len(rows), len(rows[0])
     idx = torch.zeros(B, S, dtype=torch.int64)
     pos = torch.zeros(B, S, dtype=torch.int64)
@@ -186,10 +177,9 @@ def score_batch(model: GPT, rows: list[Row], device: torch.device) -> Iterator[t
             part[b, start:end] = k
             source += [b * S + n - 1, *range(b * S + start, b * S + end)]
             target += ending
-            owner += [(row.example, row.choices[k - 1])] * len(ending)
-    idx, pos, part, source, target = (
-        t.to(device) for t in (idx, pos, part, torch.tensor(source), torch.tensor(target))
-    )
+            owner += [row.example * 4 + row.choices[k - 1]] * len(ending)
+    device = model.transformer.wte.weight.device
+    idx, pos, part, target = idx.to(device), pos.to(device), part.to(device), torch.tensor(target, device=device)
     earlier = torch.ones(S, S, dtype=torch.bool, device=device).tril()
     mask = earlier & ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None]))  # (B, S, S)
     x = model.hidden(idx, pos=pos, mask=mask[:, None]).view(B * S, -1)[source]  # (scored tokens, C)
@@ -197,11 +187,7 @@ def score_batch(model: GPT, rows: list[Row], device: torch.device) -> Iterator[t
         F.cross_entropy(model.head(some_x), some_target, reduction="none")
         for some_x, some_target in zip(x.split(512), target.split(512), strict=True)
     ]
-    sums: dict[tuple[int, int], float] = {}
-    for key, loss in zip(owner, torch.cat(losses).tolist(), strict=True):
-        sums[key] = sums.get(key, 0.0) - loss
-    for (example, choice), total in sums.items():
-        yield example, choice, total
+    return torch.tensor(owner), -torch.cat(losses).cpu()
 
 
 @torch.inference_mode()
@@ -212,15 +198,17 @@ def score(
 
     Of several ranks, each computes a part and leaves zeros elsewhere. Raise UserError if an ending does not fit.
     """
-    device = model.transformer.wte.weight.device
     rows, cut = make_rows(examples, model.config.block_size)
-    scores = torch.zeros(len(examples), 4)
-    with tqdm(total=len(rows), unit="row", disable=not progress) as bar:
-        for batch in list(make_batches(rows, batch_tokens))[rank::size]:  # neighbors take similar time
-            for example, choice, value in score_batch(model, batch, device):
-                scores[example, choice] = value
-            bar.update(len(batch))
-    return scores, cut
+    batches = []
+    while rows:  # rows of similar length together, up to batch_tokens with padding
+        n = max(1, batch_tokens // len(rows[0]))
+        batches.append(rows[:n])
+        rows = rows[n:]
+    scores = torch.zeros(len(examples) * 4, dtype=torch.float64)
+    for batch in tqdm(batches[rank::size], unit="batch", disable=not progress):  # neighbors take similar time
+        owner, log_probabilities = score_batch(model, batch)
+        scores.index_add_(0, owner, log_probabilities.double())
+    return scores.view(-1, 4).float(), cut
 
 
 @dataclass(frozen=True)
@@ -263,26 +251,16 @@ PUBLISHED = {  # per cent
 
 @dataclass(frozen=True)
 class Options:
-    model: str = option(
-        "gpt2", "name on the Hugging Face hub, or a directory", aliases=("-m", "--model_type"), metavar="MODEL"
-    )
+    model: str = option("gpt2", "name on the hub, or directory", aliases=("-m", "--model_type"), metavar="MODEL")
     device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto for the fastest", aliases=("-d",), metavar="DEVICE")
-    data: Path | None = option(
-        None, "HellaSwag file (default: download the validation set once)", type=input_file, metavar="FILE"
-    )
+    data: Path | None = option(None, "HellaSwag file (default: download it once)", type=input_file, metavar="FILE")
     limit: int | None = option(None, "evaluate only the first N records (default: all)", low=1, metavar="N")
     batch_tokens: int | None = option(
         None, "tokens computed at once (default: 1,024; 65,536 on CUDA)", low=1, high=2**24, metavar="N"
     )
-    dtype: str = option(
-        "float32",
-        "precision of the weights; 16 bit decides a few near ties otherwise",
-        choices=("float32", "bfloat16", "float16"),
-    )
+    dtype: str = option("float32", "precision of the weights", choices=("float32", "bfloat16", "float16"))
     json: Path | None = option(None, "write the numbers to this file", type=output_file, metavar="FILE")
-    save_predictions: Path | None = option(
-        None, "write each record's choices to this file, as CSV", type=output_file, metavar="FILE"
-    )
+    save_predictions: Path | None = option(None, "write the choices, as CSV", type=output_file, metavar="FILE")
 
 
 def main(argv: list[str] | None = None) -> int:

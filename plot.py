@@ -12,8 +12,9 @@ import json
 import math
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate, cycle
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -37,28 +38,26 @@ IMMATERIAL = {
     "hellaswag_every", "sample_every", "save_every", "keep", "wandb", "dist_timeout", "dry_run",
 }  # fmt: skip
 COLUMNS = "step", "tokens", "loss", "lr", "norm", "seconds"
-BLOCK = 10  # the training loss, of one batch each, is averaged over so many steps
+BLOCK = 10  # number of steps whose training losses, of one batch each, are averaged
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has logged: columns of steps.csv, and evaluations as {name: (steps, values)}."""
+    """What a run has logged: columns of steps.csv, evaluations as {"val" or "hella": (steps, values)}, and run.json."""
 
     name: str
     columns: dict[str, list[float]]  # by COLUMNS
-    results: dict[str, tuple[list[int], list[float]]]  # val, hella
-    data: str
-    tokens_per_step: int
+    results: dict[str, tuple[list[int], list[float]]]
     config: dict
-    train_tokens: int | None
+    train_tokens: int | None = None
 
     @classmethod
     def read(cls, log_dir: Path) -> "Run":
         """Read the logs of a run. Raise UserError."""
         try:
-            facts = json.loads((log_dir / "run.json").read_text(encoding="utf-8"))
-            config = facts["config"]
-            data, batch = Path(config["data"]).name, int(config["total_batch_size"])
+            metadata = json.loads((log_dir / "run.json").read_text(encoding="utf-8"))
+            config = metadata["config"]
+            config |= dict(data=Path(config["data"]).name, total_batch_size=int(config["total_batch_size"]))
             rows = [*csv.DictReader(read_lines(log_dir / "steps.csv"))]
             columns = {name: [float(row[name]) for row in rows] for name in COLUMNS}
             if not rows or not np.isfinite(columns["step"] + columns["tokens"]).all():
@@ -69,7 +68,7 @@ class Run:
                 if name != "train":
                     results[name][0].append(int(step))
                     results[name][1].append(float(value))
-            return cls(log_dir.resolve().name, columns, results, data, batch, config, facts.get("train_tokens"))
+            return cls(log_dir.resolve().name, columns, results, config, metadata.get("train_tokens"))
         except OSError as e:
             raise UserError(f"{log_dir}: holds no run: {Path(e.filename).name} cannot be read ({e.strerror})") from None
         except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError):
@@ -85,11 +84,6 @@ class Run:
         val = zip(*self.results.get("val", ((), ())), strict=True)
         return dict(training=training, validation={step: value for step, value in val if step > 0})
 
-    def seconds(self, steps: list[float]) -> list[float]:
-        """Return how long training had taken before each of these steps, and in all for steps that are not logged."""
-        before = dict(zip(self.columns["step"], accumulate(self.columns["seconds"], initial=0.0), strict=False))
-        return [before.get(step, sum(self.columns["seconds"])) for step in steps]
-
 
 def read_lines(path: Path) -> list[str]:
     """Return the complete lines of a log; a crash may have left a part of one."""
@@ -99,14 +93,12 @@ def read_lines(path: Path) -> list[str]:
 def reference_for(run: Run) -> list[Run]:
     """Return reference runs of the same network on the same tokens and batches. Raise UserError if there are none."""
     logs = [Run.read(file.parent) for file in sorted(REFERENCE.glob("*/seed-*/run.json"))]
-
-    def alike(log: Run) -> bool:
-        return log.train_tokens == run.train_tokens and all(log.config[key] == run.config.get(key) for key in SHAPE)
-
-    if same := [log for log in logs if alike(log)]:
-        return same
-    known = ", ".join(sorted({f"--preset {log.config['preset']} --data {log.data}" for log in logs}))
-    raise UserError(f"{run.name}: no reference has its network, its data and its tokens a step; there is {known}")
+    same = [log for log in logs if all(log.config[key] == run.config.get(key) for key in SHAPE)]
+    same = [log for log in same if log.train_tokens == run.train_tokens]
+    if not same:
+        known = ", ".join(sorted({f"--preset {log.config['preset']} --data {log.config['data']}" for log in logs}))
+        raise UserError(f"{run.name}: no reference has its network, its data and its tokens a step; there is {known}")
+    return same
 
 
 def bands(reference: list[Run]) -> dict[str, dict[int, tuple[float, float]]]:
@@ -156,7 +148,7 @@ def check(run: Run, reference: list[Run]) -> bool:
     return well
 
 
-def draw(log_dirs: list[Path], file: Path, reference: list[Run] | None = None) -> None:
+def draw(log_dirs: Iterable[Path], file: Path, reference: list[Run] | None = None) -> None:
     """Draw these runs, and the bands of reference runs, into a PNG file. Raise UserError."""
     try:
         from matplotlib.figure import Figure
@@ -175,7 +167,7 @@ def draw(log_dirs: list[Path], file: Path, reference: list[Run] | None = None) -
         {1e9: "tokens (billions)", 1e6: "tokens (millions)", 1e3: "tokens (thousands)", 1: "tokens"},
     )
     time, time_label = scale(
-        max(run.seconds([math.inf])[0] for run in runs),
+        max(sum(run.columns["seconds"]) for run in runs),
         {86400: "days of training", 3600: "hours of training", 60: "minutes of training", 1: "seconds of training"},
     )
     for run, color in zip(runs, cycle(COLORS), strict=False):
@@ -188,7 +180,7 @@ def draw(log_dirs: list[Path], file: Path, reference: list[Run] | None = None) -
         # The first fiftieth, which falls from 11, would leave no room for the rest.
         top = 1.02 * max(run.columns["loss"][len(run.columns["loss"]) // 50] for run in runs)
         axes[name].set_ylim(top=top if math.isfinite(top) else None)
-        if any("fineweb" in run.data for run in runs):
+        if any("fineweb" in run.config["data"] for run in runs):
             mark(axes[name], GPT2_LOSS)
     axes["loss by tokens"].legend(frameon=False, loc="upper right")
     axes["lr"].set(xlabel=tokens_label, ylabel="learning rate")
@@ -208,23 +200,25 @@ def draw(log_dirs: list[Path], file: Path, reference: list[Run] | None = None) -
 
 def draw_run(axes: dict, run: Run, color: str, tokens: float, time: float) -> None:
     """Draw a run into all panels, in these units of tokens and seconds."""
+    steps = run.columns["step"]
+    elapsed = np.cumsum([0, *run.columns["seconds"]])  # before each step, and at the end
 
-    def by_tokens(steps: list[float]) -> list[float]:
-        return [step * run.tokens_per_step / tokens for step in steps]
+    def by_tokens(at: list[float]) -> np.ndarray:
+        return np.array(at) * run.config["total_batch_size"] / tokens
 
-    def by_time(steps: list[float]) -> list[float]:
-        return [seconds / time for seconds in run.seconds(steps)]
+    def by_time(at: list[float]) -> np.ndarray:
+        return np.interp(at, [*steps, steps[-1] + 1], elapsed) / time
 
     dots = dict(color=color, marker="o", markersize=4, linestyle="none", markeredgecolor="white")
-    steps, val = run.results["val"]
+    evaluated, losses = run.results["val"]
     for panel, place in (axes["loss by tokens"], by_tokens), (axes["loss by time"], by_time):
-        panel.plot(place(run.columns["step"]), run.columns["loss"], color=color, alpha=0.5, linewidth=0.8)
-        panel.plot(place(steps), val, label=f"{run.name} on {run.data}", **dots | dict(markersize=6))
+        panel.plot(place(steps), run.columns["loss"], color=color, alpha=0.5, linewidth=0.8)
+        panel.plot(place(evaluated), losses, label=f"{run.name} on {run.config['data']}", **dots | dict(markersize=6))
     for name in "lr", "norm":
         axes[name].plot([t / tokens for t in run.columns["tokens"]], run.columns[name], color=color, alpha=0.7)
     if "hella" in run.results:
-        steps, accuracies = run.results["hella"]
-        axes["hella"].plot(by_tokens(steps), [100 * a for a in accuracies], **dots)
+        evaluated, accuracies = run.results["hella"]
+        axes["hella"].plot(by_tokens(evaluated), [100 * a for a in accuracies], **dots)
 
 
 def draw_bands(panel, run: Run, reference: list[Run], tokens: float) -> None:
@@ -235,7 +229,7 @@ def draw_bands(panel, run: Run, reference: list[Run], tokens: float) -> None:
         if not band:
             continue
         back = BLOCK / 2 if name == "training" else 0  # a mean over steps belongs to their middle
-        at = [(step - back) * run.tokens_per_step / tokens for step in band]
+        at = [(step - back) * run.config["total_batch_size"] / tokens for step in band]
         look = dict(label=f"normal {name} loss of {reference[0].config['preset']}", color=grays[name], alpha=0.35)
         panel.fill_between(at, *zip(*band.values(), strict=True), **look, linewidth=0, zorder=0)
 
@@ -254,33 +248,27 @@ def mark(panel, levels: dict[str, float]) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    log_dirs: tuple[Path, ...] = option(
-        (Path("log"),), "log directories (default: log)", positional=True, metavar="DIR"
-    )
-    check: bool = option(
-        False, "compare the loss so far with reference runs, and draw them; exit 1 if it is not normal"
-    )
+    log_dirs: tuple[Path, ...] = option((Path("log"),), "runs (default: log)", positional=True, metavar="LOG_DIR")
+    check: bool = option(False, "compare the loss with reference runs, and draw them; exit 1 if it is not normal")
     out: Path | None = option(
-        None, "the picture, a PNG (default: curves.png, in the log directory if there is one)", type=output_file,
-        metavar="FILE",
-    )  # fmt: skip
+        None, "PNG file (default: curves.png, of one run in its log directory)", type=output_file, metavar="FILE"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Draw, and with --check compare; return the exit status. Raise UserError."""
     args = Options(**parse_options(Options, argv, __doc__))
-    log_dirs = [*args.log_dirs]
-    if args.check and len(log_dirs) > 1:
+    if args.check and len(args.log_dirs) > 1:
         raise UserError("--check: takes one log directory")
-    file = args.out or (log_dirs[0] / "curves.png" if len(log_dirs) == 1 else Path("curves.png"))
+    file = args.out or (args.log_dirs[0] if len(args.log_dirs) == 1 else Path()) / "curves.png"
     if file.suffix != ".png":
         raise UserError(f"--out {file}: the picture is a PNG; its name has to end in .png")
     normal, reference = True, None
     if args.check:
-        run = Run.read(log_dirs[0])
+        run = Run.read(args.log_dirs[0])
         reference = reference_for(run)
         normal = check(run, reference)
-    draw(log_dirs, file, reference)
+    draw(args.log_dirs, file, reference)
     print(file)
     return 0 if normal else 1
 

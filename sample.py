@@ -29,9 +29,7 @@ from tokens import END_OF_TEXT, gpt2_encoding
 
 @dataclass(frozen=True)
 class Options:
-    model: str | None = option(
-        None, "a directory, or a name on the hub (default: the newest checkpoint in log/)", metavar="MODEL"
-    )
+    model: str | None = option(None, "name on the hub, or directory (default: newest in log/)", metavar="MODEL")
     prompt: str | None = option(None, "text to continue (default: ask, or read standard input)", empty=True)
     prompt_file: Path | None = option(None, "UTF-8 file to continue", metavar="FILE")
     num_samples: int = option(1, "number of continuations", low=1, high=1_000_000, metavar="N")
@@ -42,16 +40,6 @@ class Options:
     seed: int = option(1337, "seed of the random numbers", high=10**18)
     stop: str | None = option(None, "end before this text; <|endoftext|> always ends it")
     device: str = option("auto", "cpu, cuda, mps, or auto for the fastest", metavar="DEVICE")
-
-
-def load(name_or_dir: str | None) -> GPT:
-    """Return the model of that name or directory, or the newest checkpoint in log/. Raise UserError."""
-    if name_or_dir is None:
-        checkpoints = list(checkpoint.checkpoints(Path("log")).values())
-        if not checkpoints:
-            raise UserError("no checkpoint in log/: train a model with python train_gpt2.py, or try --model gpt2")
-        name_or_dir = checkpoints[-1]
-    return checkpoint.load_model("--model", name_or_dir).eval()
 
 
 def stream_text(tokens: Iterator[int], stop: str | None) -> Iterator[str]:
@@ -125,7 +113,10 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--prompt and --prompt_file: give one of them")
     prompt = find_prompt(args)
     generator = torch.Generator(choose_device(args.device)).manual_seed(args.seed)
-    model = load(args.model).to(generator.device)
+    names = [args.model] if args.model else [*checkpoint.checkpoints(Path("log")).values()]
+    if not names:
+        raise UserError("no checkpoint in log/: train a model with python train_gpt2.py, or try --model gpt2")
+    model = checkpoint.load_model("--model", names[-1]).eval().to(generator.device)
     if prompt is None:
         repl(model, args, generator)
         return 0

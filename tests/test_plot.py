@@ -103,10 +103,10 @@ def test_without_matplotlib_a_run_says_so_and_ends_well(tmp_path, text, monkeypa
 )
 def test_torn_last_line_is_skipped(tmp_path, name, torn):
     directory = write_run(tmp_path / "a")
-    whole = plot.Run.read(directory)
+    before = plot.Run.read(directory)
     with open(directory / name, "a") as f:
         f.write(torn)
-    assert plot.Run.read(directory) == whole
+    assert plot.Run.read(directory) == before
 
 
 def test_hole_is_compared_as_far_as_there_are_points(tmp_path, capsys):
@@ -189,7 +189,7 @@ def test_loss_of_any_size_is_drawn(tmp_path, loss):
         (f"log --out {'x' * 300}.png", "--out: cannot write xxx", 2),
         ("log/run.json", "log/run.json: holds no run: run.json cannot be read (Not a directory)", 2),
         ("log nowhere", "nowhere: holds no run", 2),
-        ("log --chek", "unrecognized arguments: --chek", 2),
+        ("log --chek", "--chek: there is no such option; did you mean --check?", 2),
     ],
 )
 def test_bad_flags_are_one_line(tmp_path, monkeypatch, capsys, flags, message, status):
@@ -211,7 +211,7 @@ WRONG = Path(__file__).parent / "data" / "wrong"  # logs of the first steps of t
 def test_the_reference_is_of_the_presets_as_they_are():
     """A preset that is changed needs new runs."""
     defaults = {f.name: f.default for f in fields(recipe.TrainConfig)}
-    assert plot.IMMATERIAL | {*plan.FIXED, "eval_tokens"} == defaults.keys()
+    assert plot.IMMATERIAL | {*plan.RESUME_INVARIANT, "eval_tokens"} == defaults.keys()
     for log_dir in SEEDS:
         config = plot.Run.read(log_dir).config
         preset = defaults | recipe.PRESETS[log_dir.parent.name] | dict(preset=log_dir.parent.name)
@@ -222,7 +222,7 @@ def test_the_reference_is_of_the_presets_as_they_are():
 
 
 @pytest.mark.parametrize("log_dir", SEEDS, ids=lambda d: f"{d.parent.name}-{d.name}")
-def test_each_seed_of_the_reference_is_normal_beside_the_others(log_dir, capsys):
+def test_each_reference_seed_is_normal_among_the_others(log_dir, capsys):
     log = plot.Run.read(log_dir)
     others = [run for run in plot.reference_for(log) if run.config["seed"] != log.config["seed"]]
     assert len(others) == len([*log_dir.parent.glob("seed-*")]) - 1 >= 4
@@ -234,7 +234,7 @@ def test_mistakes_are_found(wrong, tmp_path, capsys):
     log_dir = shutil.copytree(WRONG / wrong, tmp_path / wrong)
     assert plot.main(["--check", str(log_dir)]) == 1
     out = capsys.readouterr().out
-    assert f"of 550 steps, beside {len([*plot.REFERENCE.glob('tiny/seed-*')])} seeds of tiny" in out
+    assert f"of 550 steps, compared with {len([*plot.REFERENCE.glob('tiny/seed-*')])} seeds of tiny" in out
     assert "first outside at step" in out and "The loss is not that of this recipe." in out
     assert ("--max_lr is 0.02, and 0.002 in the reference" in out) == (wrong == "ten-times")
     assert ("--warmup_steps is 0, and 100 in the reference" in out) == (wrong == "no-warm-up")
@@ -245,10 +245,10 @@ def a_run(generator: np.random.Generator, shift: float = 0.0, first: int = 0) ->
     """One of 200 steps whose losses have nothing but noise."""
     columns = dict(step=[*range(first, 200)], loss=[*generator.normal(5 + shift, 0.1, 200)[first:]])
     val = [*range(0, 201, 40)], [11.0, *generator.normal(5 + shift, 0.02, 5)]
-    return plot.Run("a", columns, dict(val=val), "input.txt", 1000, dict(preset="tiny", max_steps=200), None)
+    return plot.Run("a", columns, dict(val=val), dict(preset="tiny", max_steps=200))
 
 
-def test_the_bands_are_five_standard_deviations_of_one_more_run():
+def test_bands_are_five_standard_deviations_of_one_more_run():
     """By the book; and of a thousand runs next to none is rejected, while a fifth of a nat is never let pass."""
     generator = np.random.default_rng(0)
     five = [a_run(generator) for _ in range(5)]
@@ -273,7 +273,7 @@ def test_the_bands_are_five_standard_deviations_of_one_more_run():
     assert not any(plot.check(a_run(generator, shift=shift), five) for shift in (-0.2, 0.2))
 
 
-def test_steps_count_from_the_start_of_the_run_and_not_of_the_log(capsys):
+def test_steps_count_from_the_start_of_the_run(capsys):
     """As where a resumed run has a directory of its own; the step it was cut off in counts for nothing."""
     generator = np.random.default_rng(0)
     five = [a_run(generator) for _ in range(5)]
@@ -315,7 +315,7 @@ def test_there_may_be_no_reference(tmp_path, capsys):
     )
     assert "--preset tiny --data input.txt" in error and error.count("\n") == 1 and not (log / "curves.png").exists()
     assert run_script(plot.main, ["--check", str(log), str(log)]) == 2
-    assert "--check takes one log directory" in capsys.readouterr().err
+    assert "--check: takes one log directory" in capsys.readouterr().err
 
 
 TARGETS_ARE_INPUTS = "train_gpt2.inputs_and_targets = lambda rows, device: (rows[:, :-1].long(), rows[:, :-1].long())"
