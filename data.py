@@ -55,7 +55,7 @@ def open_data(path: Path) -> Data:
         raise UserError(f"--data {path}: not UTF-8 text (byte {e.start:,}); token shards go into a directory") from None
     except (OSError, ValueError, ShardError) as e:
         raise UserError(f"--data {path}: {e}") from None
-    fingerprint = {path.name: hashlib.sha256(content).hexdigest()}
+    fingerprint = {"text": hashlib.sha256(content).hexdigest()}
     train, val = [(path.name, train)], [(f"the last tenth of {path.name}", val)]
     return Data(train, val, is_text=True, fingerprint=fingerprint)
 

@@ -48,19 +48,22 @@ def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None =
             stream.reconfigure(errors="replace")
     try:
         status = main(argv)
-        sys.stdout.flush()
-        return status
     except UserError as e:
-        return print_error(script, e, e.status)
+        status = print_error(script, e, e.status)
     except BrokenPipeError:  # the reader, such as head, has seen enough
-        silence(1)
-        return 0
+        status = 0
     except OSError as e:
-        silence(1)  # where stdout is on the full disk, Python would report that a second time at its exit
         error = UserError.from_error(e)
-        return print_error(script, error if e.filename else f"standard output: {error}", error.status)
+        status = print_error(script, error if e.filename else f"standard output: {error}", error.status)
     except KeyboardInterrupt:
-        return print_error(script, "interrupted", 130)
+        status = print_error(script, "interrupted", 130)
+    try:
+        sys.stdout.flush()
+    except OSError as e:
+        silence(1)  # or Python would report the same error again at its exit
+        if status == 0 and not isinstance(e, BrokenPipeError):
+            status = print_error(script, f"standard output: {e.strerror}", 4)
+    return status
 
 
 def print_error(script: str, message: object, status: int) -> int:

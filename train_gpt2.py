@@ -135,7 +135,7 @@ class Trainer:
         loss, grad_norm, sigterm, sigint, failed = self.dist.sum_scalars(
             loss_sum / self.dist.size, grad_norm / self.dist.size, *self.signals.received, self.writer.failed
         )
-        self.stop_signal = signal.SIGTERM if sigterm else signal.SIGINT if sigint else 0
+        self.stop_if_any(sigterm, sigint)
         self.checkpoint_failed = failed > 0
         # With float16, an infinite norm is normal while the scale is at least 1: the scaler skips the step and halves
         # the scale. Below 1 the gradient itself overflows.
@@ -151,6 +151,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return StepStats(loss, grad_norm, lr, time.perf_counter() - started)
 
+    def stop_if_any(self, sigterm: float, sigint: float) -> None:
+        """Let all ranks stop before the next step if any of them has received a signal."""
+        self.stop_signal = signal.SIGTERM if sigterm else signal.SIGINT if sigint else 0
+
     def run_evals(self) -> None:
         """Compute what is due at this step: validation loss, HellaSwag accuracy, samples."""
         if self.evaluated_step == self.step:  # before the checkpoint that was resumed
@@ -164,6 +168,7 @@ class Trainer:
         if self.is_due(self.config.sample_every) and self.dist.is_main:
             for text in self.generate_samples():
                 self.log.print(f"  > {text!r}")
+        self.stop_if_any(*self.dist.sum_scalars(*self.signals.received))  # evaluating may take minutes
 
     @torch.no_grad()
     def evaluate(self, n_sequences: int) -> float:
@@ -245,6 +250,7 @@ class Trainer:
     def dry_run(self) -> int:
         """Run four steps and print what the run would take from here on: time, memory, disk."""
         config = self.config
+        self.signals.restore()  # there is nothing to save
         if self.step >= config.max_steps:
             self.log.print("nothing is left to run")
             return 0
@@ -344,7 +350,8 @@ class Trainer:
         if dist.size > 1:
             # After its first step with communication, DDP rebuilds its buckets, and with them the order in which
             # gradients are summed. Do that step here, so that all steps of a run, resumed or not, use the same order.
-            self.probe(B, communicate=True)
+            if self.probe(B, communicate=True)[0]:
+                raise UserError("out of memory in the first communication: try a smaller --micro_batch_size")
         # From here on self.config, and no longer the plan, has the micro-batch and compile mode that are used.
         self.config = replace(config, micro_batch_size=B, compile="on" if compiled else "off")
 
@@ -400,9 +407,9 @@ class Trainer:
         self.model = None  # DDP must end before the process group, or its destructor may wait for ever
         if error := self.writer.close():
             print_error("train_gpt2.py", error, 4)
-        self.signals.restore()
         self.micro_batches.close()
         self.log.close()
+        self.signals.restore()
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
@@ -413,13 +420,13 @@ def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run with these flags; return the exit status. Raise UserError."""
     tune_malloc()
-    presets = "\n".join(f"  {name:12}" + " ".join(f"{k}={v}" for k, v in p.items()) for name, p in PRESETS.items())
-    flags = parse_options(TrainConfig, argv, __doc__, EPILOG.format(presets=presets, full_run=FULL_RUN))
-    restarts = read_environment("TORCHELASTIC_MAX_RESTARTS", 0) and not flags.get("dry_run")
-    if restarts and flags.get("resume") != "newest":
-        raise UserError("torchrun --max-restarts: add --resume without DIR; a restart takes the newest checkpoint")
     torch.set_float32_matmul_precision("high")  # TF32, for what is left in float32
-    with Distributed(flags.get("dist_timeout", TrainConfig.dist_timeout)) as dist:
+    with Distributed() as dist:
+        flags = parse_options(TrainConfig, argv, __doc__, epilog())
+        restarts = read_environment("TORCHELASTIC_MAX_RESTARTS", 0) and not flags.get("dry_run")
+        if restarts and flags.get("resume") != "newest":
+            raise UserError("torchrun --max-restarts: add --resume without DIR; a restart takes the newest checkpoint")
+        dist.connect(flags.get("dist_timeout", TrainConfig.dist_timeout))
         draft = dist.from_main(lambda: merge_flags(flags, dist.size))
         dist.set_timeout(draft.config.dist_timeout)
         # On a CPU: compiled, its threads would else add up the embedding's gradient in any order, and slowly.
@@ -430,6 +437,12 @@ def main(argv: list[str] | None = None) -> int:
         plan = dist.from_main(lambda: make_plan(draft, data, dist))
         with contextlib.closing(Trainer(plan, data, dist)) as trainer:
             return trainer.dry_run() if plan.config.dry_run else trainer.train()
+
+
+def epilog() -> str:
+    """Return the end of --help."""
+    presets = "\n".join(f"  {name:12}" + " ".join(f"{k}={v}" for k, v in p.items()) for name, p in PRESETS.items())
+    return EPILOG.format(presets=presets, full_run=FULL_RUN)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The processes (ranks) of a run, what they agree on, and the signals that stop them."""
 
-from errors import UserError, first_line
+from errors import UserError, first_line, print_error
 
 import contextlib
 import os
@@ -25,8 +25,8 @@ class Distributed:
     (`from_main`); what can fail on one rank fails on all (`agree`).
     """
 
-    def __init__(self, timeout: float):
-        """Read torchrun's environment. timeout is in seconds. Raise UserError if the environment is not torchrun's."""
+    def __init__(self):
+        """Read torchrun's environment. Raise UserError if it does not fit together."""
         self.rank, self.local_rank, self.size, self.local_size = (
             read_environment(name, default)
             for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
@@ -35,14 +35,19 @@ class Distributed:
             names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
             values = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
             raise UserError(f"{values}: do not fit together; start ranks with torchrun")
-        self.timeout = timeout
         self.device = torch.device("cpu")
+        self.timeout = 0.0
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def __enter__(self) -> "Distributed":
+        return self
+
+    def connect(self, timeout: float) -> None:
+        """Connect the ranks. timeout is in seconds: a rank that gets no answer from another for as long stops."""
+        self.timeout = timeout
         if self.size > 1:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             try:
@@ -50,19 +55,28 @@ class Distributed:
             except ValueError as e:
                 address = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}"
                 raise UserError(f"{address}: {first_line(e)}; start ranks with torchrun") from None
-        return self
+            except dist.DistError as e:
+                raise UserError(f"rank {self.rank} does not reach the others: {first_line(e)}", 4) from None
 
     def __exit__(self, kind, error, traceback) -> None:
-        try:
-            # gloo raises a RuntimeError whose message contains a path of its source.
-            if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error)):
-                message = f"rank {self.rank} has lost another rank: {first_line(error)}"
-                raise UserError(f"{message}; --resume continues from the newest checkpoint", 1) from None
-            if isinstance(error, UserError) and error.agreed and self.local_rank > 0:
-                sys.exit(error.status)  # every rank raises this error, and one per host prints it
-        finally:
-            if self.size > 1:
-                dist.destroy_process_group()
+        if not dist.is_initialized():
+            if self.local_rank > 0 and isinstance(error, UserError):  # a wrong option: all ranks raise the same error
+                time.sleep(1)  # local rank 0 prints it; torchrun ends all ranks when the first one ends
+                sys.exit(error.status)
+            return
+        agreed = isinstance(error, UserError) and error.agreed
+        if agreed and self.local_rank == 0:
+            print_error("train_gpt2.py", error, error.status)
+        if agreed or error is None:
+            with self.agree():  # wait for the main rank, which may still write
+                pass
+        dist.destroy_process_group()
+        if agreed:
+            sys.exit(error.status)
+        # gloo raises a RuntimeError whose message contains a path of its source.
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error)):
+            message = f"rank {self.rank} has lost another rank: {first_line(error)}"
+            raise UserError(f"{message}; --resume continues from the newest checkpoint", 1) from None
 
     def set_device(self, name: str) -> None:
         """Use this rank's device of that name: cpu, cuda or mps. Raise UserError if there are fewer than ranks."""

@@ -3,6 +3,8 @@
 from errors import UserError
 
 import math
+import os
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -80,7 +82,7 @@ def find_checkpoint(flags: dict) -> tuple[Path | None, dict | None, list[str]]:
         if directory is None:
             notes.append(f"no checkpoint in {log_dir}/: this is a new run")
         return directory, record, notes
-    directory = Path(flags["resume"])
+    directory = Path(os.path.realpath(flags["resume"])) if os.path.islink(flags["resume"]) else Path(flags["resume"])
     # It may be the directory of a run, or a step that does not exist: name the checkpoints that are there.
     others = checkpoint.checkpoints(directory if directory.exists() else directory.parent)
     if others:
@@ -101,7 +103,7 @@ def resumed_config(flags: dict, machine_flags: dict, resume_from: Path, record: 
         raise UserError(f"--resume {resume_from}: checkpoint.json: {e}") from None
     values = dict(record["config"], dry_run=False, resume=None)
     # The run continues where its checkpoint is, and not where that was written: it may be a copy.
-    in_log_dir = resume_from in checkpoint.checkpoints(resume_from.parent).values()
+    in_log_dir = re.fullmatch(r"(old-)?step_\d+(-\d+)?", resume_from.name)
     values["log_dir"] = str(resume_from.parent) if in_log_dir else TrainConfig.log_dir
     if flags["resume"] != "newest":
         values["wandb"] = None  # the checkpoint may be somebody else's

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,43 +29,61 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class WandB:
-    """Logs to Weights & Biases. Whatever fails there costs one line, and not the run."""
+    """Logs to Weights & Biases. Whatever fails there, or hangs, costs one line, and not the run."""
 
-    timeout = 60.0  # seconds, for its start and for its end
+    timeout = 60.0  # seconds, for each call
 
     def __init__(self, config: dict, log_dir: Path, print_line: Callable[[str], None]):
-        self.run, self.print_line = None, print_line
+        self.run, self.failed, self.print_line = None, False, print_line
+        self.attempt(lambda: self.start(config, log_dir))
+
+    def start(self, config: dict, log_dir: Path) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")  # no questions, and no lines over the progress bar
         os.environ.setdefault("WANDB_CACHE_DIR", str(log_dir))
-        settings = dict(project=config["wandb"], console="off", resume="allow", init_timeout=self.timeout)
-        settings |= dict(finish_timeout=self.timeout, finish_timeout_raises=True)
+        import wandb
+
+        settings = dict(project=config["wandb"], console="off", resume="allow")
+        # These come before the timeout of a call: they end what its process is still trying to do, too.
+        settings |= dict(init_timeout=self.timeout / 2, finish_timeout=self.timeout / 2, finish_timeout_raises=True)
         id_file = log_dir / "wandb/id.txt"  # a resumed run continues the same run there
         if id_file.exists():
             settings["run_id"] = id_file.read_text(encoding="utf-8")
-        with self.one_line_for_errors():
-            import wandb
-
-            self.run = wandb.init(dir=log_dir, config=config, settings=settings)
-            id_file.write_text(self.run.id, encoding="utf-8")
-            print_line(f"Weights & Biases: {self.run.url or self.run.dir}")
+        self.run = wandb.init(dir=log_dir, config=config, settings=settings)
+        id_file.write_text(self.run.id, encoding="utf-8")
+        self.print_line(f"Weights & Biases: {self.run.url or self.run.dir}")
 
     def log(self, step: int, **values: float) -> None:
-        with self.one_line_for_errors():
-            if self.run is not None:
-                self.run.log(values, step=step)
+        if not self.failed:
+            self.attempt(lambda: self.run.log(values, step=step))
 
     def close(self) -> None:
-        with self.one_line_for_errors():
-            if self.run is not None:
-                self.run.finish()
+        if not self.failed:
+            self.attempt(self.run.finish)
+        self.attempt(self.end_process)
 
-    @contextlib.contextmanager
-    def one_line_for_errors(self):
+    def end_process(self) -> None:
+        """End wandb's process; at the end of this one, wandb would wait for it without a limit."""
+        import wandb
+
+        wandb.teardown()
+
+    def attempt(self, call: Callable[[], None]) -> None:
+        """Make a call of wandb. Print the first that fails, or takes longer than the timeout."""
+
+        def stop_waiting(number: int, frame) -> None:
+            raise TimeoutError(f"it has not answered for {self.timeout:g} seconds")
+
+        handler_before = signal.signal(signal.SIGALRM, stop_waiting)
+        signal.setitimer(signal.ITIMER_REAL, self.timeout)
         try:
-            yield
-        except Exception as e:
-            self.run = None
-            self.print_line(f"no Weights & Biases: {first_line(e)}")
+            call()
+        except (Exception, SystemExit) as e:  # teardown() exits with its process's status
+            if not self.failed:
+                self.print_line(f"no Weights & Biases: {first_line(e)}")
+            self.failed = True
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, handler_before)
 
 
 class RunLog:
@@ -147,7 +166,7 @@ class RunLog:
         try:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
-        except BrokenPipeError:  # the reader has ended, like the tee of `… | tee out` at Ctrl-C; the run has not
+        except OSError:  # the reader or the terminal is gone, like the tee of `… | tee out` at Ctrl-C; the run goes on
             silence(1)
 
     def step(self, step: int, stats, mfu: float | None) -> None:
