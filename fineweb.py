@@ -71,7 +71,7 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where to continue: at this document of this source file, of which `tokens` tokens are already written."""
+    """Where to continue: from this document of this source file on, `tokens` tokens are already written."""
 
     file: int = 0
     document: int = 0

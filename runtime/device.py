@@ -30,7 +30,7 @@ def choose_device(name: str) -> str:
         return next(device for device in available if available[device])
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError):  # no such name; no such device
+    except (RuntimeError, AssertionError, ImportError):  # no such name; no such device; no backend
         raise UserError(f"--device {name}: PyTorch finds no such device here; try --device auto") from None
     return name
 

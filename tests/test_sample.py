@@ -126,7 +126,7 @@ def test_tiny_temperature_takes_the_most_likely_token(model_dir, capsys, tempera
         ("--prompt x --model nowhere/at/all", "--model nowhere/at/all: cannot be loaded as a GPT-2"),
         ("--prompt x --temperature nan", "--temperature nan: must be from 0 to 100"),
         ("--prompt x --num_samples 0", "--num_samples 0: must be from 1 to 1e+06"),
-        ("--prompt x --top_p 0", "--top_p 0: must be from 1e-06 to 1"),
+        ("--prompt x --top_p 0", "--top_p 0.0: must be from 1e-06 to 1"),
         ("--prompt x --seed 99999999999999999999999", "--seed 99999999999999999999999: must be from 0 to 1e+18"),
         (
             "--prompt x --model ../x/step_000001",
