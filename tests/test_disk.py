@@ -83,7 +83,7 @@ def test_full_disk_ends_the_run_and_loses_nothing(mount, text, undisturbed):
 def test_read_only_log_directory_is_refused(mount, text):
     log = mount("size=1m,ro")
     done = run_in_process(*RUN, "--data", text, "--log_dir", log, status=2)
-    error = f"train_gpt2.py: error: --log_dir {log}: {log}/.lock cannot be written (Read-only file system)\n"
+    error = f"train_gpt2.py: error: --log_dir {log}: cannot be written: {log}/.lock: Read-only file system\n"
     assert done.stderr == error and "step 0" not in done.stdout
 
 
