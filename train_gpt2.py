@@ -168,7 +168,8 @@ class Trainer:
         if self.is_due(self.config.sample_every) and self.dist.is_main:
             for text in self.generate_samples():
                 self.log.print(f"  > {text!r}")
-        self.stop_if_any(*self.dist.sum_scalars(*self.signals.received))  # evaluating may take minutes
+        if any(map(self.is_due, (self.config.eval_every, self.config.hellaswag_every, self.config.sample_every))):
+            self.stop_if_any(*self.dist.sum_scalars(*self.signals.received))  # evaluating may take minutes
 
     @torch.no_grad()
     def evaluate(self, n_sequences: int) -> float:
