@@ -186,7 +186,7 @@ def at_step(step: int, code: str, rank: int = 0, micro_step: int = 0) -> str:
 
 
 def perturbed(config: GPTConfig, seed: int = 0, std: float = 0.05) -> GPT:
-    """A model whose every parameter, biases and gains too, is away from its initial value; padded rows stay zero."""
+    """Return a model with every parameter away from its initial value; padded rows stay zero."""
     torch.manual_seed(seed)
     model = GPT(config).eval()
     with torch.no_grad():

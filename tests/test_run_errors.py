@@ -84,7 +84,7 @@ def test_empty_names_are_refused(here, capsys, name):
 
 @contextmanager
 def largest_file(size: int):
-    """No file of this process may grow beyond so many bytes: a write fails as on a full disk."""
+    """No file of this process may grow beyond this many bytes: a write fails as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
