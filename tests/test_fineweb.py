@@ -417,10 +417,13 @@ def test_same_command_continues_after_a_cut_connection(tmp_path, hub, from_hub, 
     assert sum("GET" in r and "train-00000-of" in r for r in hub.requests) == 1
 
 
-def test_damaged_bytes_from_the_hub_are_exit_4(tmp_path, hub, from_hub):
+@pytest.mark.parametrize("damaged", [slice(100, 50_000), slice(-8, None)])
+def test_damaged_bytes_from_the_hub_are_exit_4(tmp_path, hub, from_hub, damaged):
+    """In a page OSError is raised, in the file's end ValueError."""
     name = "data/train-00001-of-00003.parquet"
-    content = hub.datasets["some/documents"][name]
-    hub.faults[name] = content[:100] + bytes(len(content) // 2) + content[100 + len(content) // 2 :]
+    content = bytearray(hub.datasets["some/documents"][name])
+    content[damaged] = bytes(len(content[damaged]))
+    hub.faults[name] = bytes(content)
     done = from_hub("--dataset", "some/documents", "--out_dir", tmp_path / "out", "--shard_size", 30_000, status=4)
     line = done.stderr.splitlines()[-1]
     assert line.startswith("fineweb.py: error: --dataset some/documents: ") and "the same command continues" in line
