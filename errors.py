@@ -54,7 +54,8 @@ def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None =
         status = 0
     except OSError as e:
         error = UserError.from_error(e)
-        status = print_error(script, error if e.filename else f"standard output: {error}", error.status)
+        message = error if e.filename else f"standard output: {e.strerror or error}"
+        status = print_error(script, message, error.status)
     except KeyboardInterrupt:
         status = print_error(script, "interrupted", 130)
     try:

@@ -108,7 +108,8 @@ def test_wrong_flags_are_one_line(here, capsys, monkeypatch, flags, message):
     "name, allowed, refused",
     [
         ("n_layer", [1, 1000], [0, -1, 1001]),
-        ("n_head", [1, 2**40], [0, 2**40 + 1]),
+        ("n_head", [1, 2**24], [0, 2**24 + 1]),
+        ("total_batch_size", [1, 2**40], [0, 2**40 + 1]),
         ("keep", [1], [0]),
         ("max_steps", [None, 0], [-1]),
         ("dist_timeout", [1.0], [0.99, math.nan]),
@@ -156,8 +157,8 @@ def both_then(change):
     "make, message",
     [
         (lambda d: None, "data: holds no .npy or .bin shards; prepare some with `python fineweb.py`"),
-        (only("x_val_000000.npy"), 'data: none of its 1 shards has "train" in its name'),
-        (only("x_train_000001.npy"), 'data: none of its 1 shards has "val" in its name'),
+        (only("x_val_000000.npy"), 'data: none of its 1 shards has the word "train" in its name'),
+        (only("x_train_000001.npy"), 'data: none of its 1 shards has the word "val" in its name'),
         (both_then(lambda d: (d / "x_train_000002.bin").write_bytes(b"")), "data: holds both .npy and .bin shards"),
         (
             both_then(lambda d: os.truncate(d / "x_train_000001.npy", 1000)),
@@ -348,9 +349,9 @@ def test_log_dir_in_use_is_refused(here, capsys):
 @pytest.mark.parametrize(
     "log_dir, problem",
     [
-        ("text.txt", "text.txt cannot be written (File exists)"),
-        ("text.txt/log", "text.txt/log cannot be written (Not a directory)"),
-        ("/proc/log", "/proc/log cannot be written (No such file or directory)"),
+        ("text.txt", "cannot be written: text.txt: File exists"),
+        ("text.txt/log", "cannot be written: text.txt/log: Not a directory"),
+        ("/proc/log", "cannot be written: /proc/log: No such file or directory"),
     ],
 )
 def test_log_dir_that_cannot_be_made_is_refused(here, capsys, log_dir, problem):

@@ -176,16 +176,16 @@ def test_compiled_run_equals_eager_transformers_for_300_steps(tmp_path, dtype, b
 
 
 def test_step_waits_for_its_device_once():
-    """On the device meta nothing can be read, so any other wait than that of Distributed.sum would be an error."""
+    """On the device meta nothing can be read, so any other wait than that of sum_scalars would be an error."""
 
     class CountedReads(Distributed):
-        def sum(self, *values):
+        def sum_scalars(self, *values):
             reads.append(values)
             return [1.0] * len(values)
 
     reads = []
     trainer = object.__new__(Trainer)
-    trainer.dist = CountedReads(60.0)
+    trainer.dist = CountedReads()
     trainer.dist.device = torch.device("meta")
     with trainer.dist.device:
         trainer.raw_model = trainer.model = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=32, dropout=0.1))
@@ -197,7 +197,7 @@ def test_step_waits_for_its_device_once():
     trainer.micro_batches = repeat(torch.zeros(2, 33, dtype=torch.int32))
     trainer.autocast = contextlib.nullcontext()
     trainer.scaler = torch.amp.GradScaler("cpu", enabled=False)
-    trainer.stop, trainer.writer = SimpleNamespace(received=[0.0, 0.0]), SimpleNamespace(failed=False)
+    trainer.signals, trainer.writer = SimpleNamespace(received=[0.0, 0.0]), SimpleNamespace(failed=False)
     assert trainer.train_step().loss == 1.0
     assert len(reads) == 1
 
@@ -309,8 +309,8 @@ def test_log_files_and_checkpoints_of_a_run(tmp_path, text):
     assert [p.name for p in tmp_path.glob("step_*")] == ["step_000008"]  # the newest, and the best
     last = tmp_path / "step_000008"
     assert sorted(p.name for p in last.iterdir()) == [
-        "checkpoint.json", "config.json", "log.txt", "merges.txt", "model.safetensors", "steps.csv",
-        "tokenizer_config.json", "trainer_state.pt", "vocab.json",
+        "checkpoint.json", "config.json", "generation_config.json", "log.txt", "merges.txt", "model.safetensors",
+        "steps.csv", "tokenizer_config.json", "trainer_state.pt", "vocab.json",
     ]  # fmt: skip
     for name in "log.txt", "steps.csv":
         assert (last / name).read_bytes() == (tmp_path / name).read_bytes()
