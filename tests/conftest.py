@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from textwrap import indent
 
@@ -22,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 
 import train_gpt2  # noqa: E402
-from launcher import Launcher  # noqa: E402
+from launcher import Finished, Launcher  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from runs import TINY, write_shards  # noqa: E402
 from runtime import checkpoint  # noqa: E402
@@ -85,9 +86,17 @@ def run_in_process(*flags, status: int = 0) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(flags, done, stdout.getvalue(), stderr.getvalue())
 
 
-def run_ranks(script: str | Path, *flags, **kwargs) -> subprocess.CompletedProcess:
-    """Run a script on two ranks without torchrun; the last line of stderr has their exit statuses."""
-    return run("tests/scripts/two_ranks.py", ROOT / script, *flags, **kwargs)
+@cache
+def launcher() -> Launcher:
+    """Return the one launcher of this process, which ends with it."""
+    return Launcher(ENVIRONMENT)
+
+
+def run_ranks(script: str | Path, *flags, ranks: int = 2, status: int = 0, cwd: Path | str = ".") -> Finished:
+    """Run a script by the launcher, without torchrun; check the exit status of rank 0."""
+    done = launcher().launch(*flags, ranks=ranks, script=ROOT / script, status=None, cwd=cwd, timeout=240)
+    assert done.statuses[0] == status, f"exit {done.statuses}\n{done.stdout}\n{done.stderr}"
+    return done
 
 
 def resume(log: Path, text: Path, *flags, status: int = 0) -> subprocess.CompletedProcess:
@@ -211,10 +220,8 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def launch():
-    """`Launcher.launch` of one launcher for all tests."""
-    launcher = Launcher(ENVIRONMENT)
-    yield launcher.launch
-    launcher.close()
+    """`Launcher.launch` of the one launcher."""
+    return launcher().launch
 
 
 @pytest.fixture(scope="session")
@@ -250,7 +257,7 @@ def stopped(tmp_path_factory, text) -> Path:
     """The log directory of a run that a SIGTERM has stopped after step 11; beside it its output. To read only."""
     directory = tmp_path_factory.mktemp("stopped")
     script = with_fault(directory, at_step(11, "os.kill(os.getpid(), signal.SIGTERM)"))
-    done = run(script, *RUN, "--data", text, "--log_dir", directory / "log", status=143)
+    done = run_ranks(script, *RUN, "--data", text, "--log_dir", directory / "log", ranks=1, status=143)
     (directory / "output").write_text(done.stdout)
     assert list(checkpoint.checkpoints(directory / "log")) == [10, 12]
     return directory / "log"

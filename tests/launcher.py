@@ -1,6 +1,6 @@
-"""Runs of train_gpt2.py forked from a process that has imported the libraries: importing takes longer than a small run.
+"""Runs forked from a process that has imported the libraries: importing them takes longer than a small run.
 
-Each rank runs the script as `__main__`, in the state that a fresh interpreter would be in, after the code `fault`,
+Each rank runs train_gpt2.py, or a script like it, as `__main__`, in the state that a fresh interpreter would be in, after the code `fault`,
 which finds the rank's number in `rank` and may patch what it likes.
 """
 
@@ -26,19 +26,17 @@ class Finished(NamedTuple):
 
 
 class Launcher:
-    """The process that forks; to be closed."""
+    """The process that forks. It ends with the one that has started it."""
 
     def __init__(self, env: dict[str, str]):
         line = [sys.executable, __file__]
         self.process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
-    def close(self) -> None:
-        self.process.communicate()
-
     def launch(
         self,
         *flags,
         ranks: int = 1,
+        script: Path = SCRIPT,
         cwd: Path | str = ".",
         fault: str = "",
         status: int | None = 0,
@@ -47,8 +45,8 @@ class Launcher:
         """Run with these flags to the end and check the exit status of each rank. Once one rank has failed, the others
         are killed after five seconds; at the timeout, in seconds, all are."""
         with tempfile.TemporaryDirectory() as outputs:
-            request = dict(flags=[*map(str, flags)], ranks=ranks, cwd=os.path.abspath(cwd), fault=fault)
-            self.process.stdin.write(json.dumps(request | dict(outputs=outputs, timeout=timeout)) + "\n")
+            request = dict(script=str(script), flags=[*map(str, flags)], ranks=ranks, cwd=os.path.abspath(cwd))
+            self.process.stdin.write(json.dumps(request | dict(fault=fault, outputs=outputs, timeout=timeout)) + "\n")
             self.process.stdin.flush()
             statuses = json.loads(self.process.stdout.readline())
             stdout, stderr = (Path(outputs, name).read_text(errors="backslashreplace") for name in ("stdout", "stderr"))
@@ -66,9 +64,9 @@ def run_rank(rank: int, port: int, request: dict) -> None:
         for name, value in ("RANK", rank), ("WORLD_SIZE", request["ranks"]):
             os.environ[name] = os.environ[f"LOCAL_{name}"] = str(value)
         os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    sys.argv, sys.path[0] = [str(SCRIPT), *request["flags"]], str(SCRIPT.parent)
+    sys.argv, sys.path[0] = [request["script"], *request["flags"]], str(SCRIPT.parent)
     exec(request["fault"], dict(rank=rank))
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    runpy.run_path(request["script"], run_name="__main__")
 
 
 def wait(ranks: dict[int, int], timeout: float) -> list[int]:

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from conftest import RUN, assert_same_run, at_step, read_log, resume, run, run_in_process, with_fault
+from conftest import RUN, assert_same_run, at_step, read_log, resume, run_in_process, run_ranks, with_fault
 from runtime import checkpoint
 
 
@@ -45,9 +45,10 @@ def test_checkpoint_that_does_not_fit_ends_the_run(log, text, undisturbed, limit
     ],
 )
 def test_failed_checkpoint_is_reported_beside_a_stop(tmp_path, text, then, status, message):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
     fault = at_step(5, f"while not trainer.writer.failed: time.sleep(0.01)\n{then}")
-    limit = dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)))
-    done = run(with_fault(tmp_path, fault), *RUN, "--data", text, "--log_dir", tmp_path / "log", status=status, **limit)
+    flags = *RUN, "--data", text, "--log_dir", tmp_path / "log"
+    done = run_ranks(with_fault(tmp_path, limit + fault), *flags, ranks=1, status=status)
     assert "step_000005: could not be written: " in done.stderr and message in done.stderr
     assert list(read_log(tmp_path / "log"))[-1] == (5 if status == 4 else 4)
 

@@ -19,6 +19,7 @@ from conftest import (
     record,
     resume,
     run,
+    run_ranks,
     start,
     wait_for_step,
     with_fault,
@@ -163,7 +164,7 @@ def test_stopped_run_is_bitwise(tmp_path, text, undisturbed, stopped, log):
 
     check_stop((stopped.parent / "output").read_text(), "SIGTERM", 11)
     script = with_fault(tmp_path, at_step(23, "os.kill(os.getpid(), signal.SIGINT)"))
-    done = run(script, *RUN, "--data", text, "--log_dir", log, "--resume", status=130)
+    done = run_ranks(script, *RUN, "--data", text, "--log_dir", log, "--resume", ranks=1, status=130)
     assert "at step 12: log_dir " in done.stdout
     check_stop(done.stdout, "SIGINT", 23)
     assert "at step 24: nothing changed" in resume(log, text).stdout
@@ -174,5 +175,6 @@ def test_second_signal_stops_at_once(tmp_path, text):
     """In the middle of step 6; the newest checkpoint is the one of step 5."""
     signals = "os.kill(os.getpid(), signal.SIGTERM); time.sleep(2)"
     fault = "\n".join([at_step(6, signals), at_step(6, signals, micro_step=1), at_step(7, "raise AssertionError")])
-    run(with_fault(tmp_path, fault), *RUN, "--data", text, "--log_dir", tmp_path / "log", status=143)
+    flags = *RUN, "--data", text, "--log_dir", tmp_path / "log"
+    run_ranks(with_fault(tmp_path, fault), *flags, ranks=1, status=143)
     assert max(read_log(tmp_path / "log")) == 5 and max(checkpoint.checkpoints(tmp_path / "log")) == 5

@@ -22,7 +22,6 @@ from conftest import (
     losses,
     read_log,
     resume,
-    run,
     run_in_process,
     run_ranks,
     wait_for_step,
@@ -38,7 +37,7 @@ def test_two_ranks_stop_together_and_resume_is_bitwise(tmp_path, text):
     run_ranks("train_gpt2.py", *flags, "--log_dir", whole)
     script = with_fault(tmp_path, at_step(8, "os.kill(os.getpid(), signal.SIGTERM)", rank=1))
     done = run_ranks(script, *flags, "--log_dir", log, status=143)
-    assert done.stderr.endswith("exit statuses 143 143\n")
+    assert done.statuses == [143, 143]
     assert done.stdout.count("stopped by SIGTERM after step 8") == 1 and done.stdout.count("step 9: saved") == 1
     run_ranks("train_gpt2.py", *flags, "--log_dir", log, "--resume")
     assert_same_run(log, whole)
@@ -66,9 +65,10 @@ def test_lost_rank_ends_the_other_in_bounded_time(tmp_path, text, undisturbed, n
     flags = *RUN, "--data", text, "--log_dir", log, "--dist_timeout", 5
     done = run_ranks(script, *flags, status=1)
     (lost,) = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("lost at")]
-    assert time.monotonic() - lost < 5 + 10  # the timeout, and what a busy machine takes to end a process
+    # The timeout, what a busy machine takes to end a process, and what the launcher waits for the other one.
+    assert time.monotonic() - lost < 5 + 10 + 5
     assert "train_gpt2.py: error: rank 0 has lost another rank: " in done.stderr
-    assert done.stderr.endswith("exit statuses 1 -9\n")
+    assert done.statuses == [1, -signal.SIGKILL]
     resume(log, text)
     assert_close(losses(log), losses(undisturbed))
 
@@ -81,7 +81,7 @@ def test_torchrun_restarts_from_the_newest_checkpoint(tmp_path, text, undisturbe
     )
     script = with_fault(tmp_path, at_step(13, fault, rank=1))
     line = command(script, *RUN, "--data", text, "--log_dir", log, "--resume", ranks=2)
-    line.insert(line.index("--standalone"), "--max-restarts=1")
+    line.insert(line.index("--standalone"), "--max-restarts=3")  # one, and more if another process takes the port
     env = ENVIRONMENT | dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")  # as the README has it: pytorch issue 135712
     done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and mark.exists(), done.stderr
@@ -115,12 +115,11 @@ def test_ranks_and_micro_batch_may_change_at_resume(tmp_path, text):
 def test_nonfinite_values_stop_all_ranks_before_the_update(tmp_path, text, ranks, what, code):
     log = tmp_path / "log"
     script = with_fault(tmp_path, at_step(7, code, rank=ranks - 1))
-    runner = run if ranks == 1 else run_ranks
-    done = runner(script, *RUN, "--data", text, "--log_dir", log, "--save_every", 7, status=3)
+    done = run_ranks(script, *RUN, "--data", text, "--log_dir", log, "--save_every", 7, ranks=ranks, status=3)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("train_gpt2.py: error")]
     assert line.startswith("train_gpt2.py: error: step 7: ") and what in line
     assert line.endswith("stopped before any weight changed")
-    assert ranks == 1 or done.stderr.endswith("exit statuses 3 3\n")
+    assert done.statuses == [3] * ranks
     assert list(read_log(log)) == list(range(7))
     directory, record, skipped = checkpoint.newest(log)
     assert record["step"] == 7 and not skipped
