@@ -48,7 +48,7 @@ def parse_options(cls, argv: list[str] | None, description: str, epilog: str = "
     except argparse.ArgumentError as e:
         raise UserError(str(e).removeprefix("argument ")) from None
     if unknown:
-        known = [f"--{f.name}" for f in fields(cls)]
+        known = [f"--{f.name}" for f in fields(cls) if not f.metadata.get("positional")]
         close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else "see --help"
         raise UserError(f"{unknown[0]}: there is no such option; {hint}")

@@ -1,7 +1,7 @@
 """Runs forked from a process that has imported the libraries: importing them takes longer than a small run.
 
-Each rank runs train_gpt2.py, or a script like it, as `__main__`, in the state that a fresh interpreter would be in, after the code `fault`,
-which finds the rank's number in `rank` and may patch what it likes.
+Each rank runs train_gpt2.py, or a script like it, as `__main__`, in the state that a fresh interpreter would be in,
+after the code `fault`, which finds the rank's number in `rank` and may patch what it likes.
 """
 
 import json
