@@ -80,7 +80,7 @@ def test_run_killed_at_random_moments_is_bitwise(tmp_path, text, undisturbed, ki
 def test_killed_compiled_bfloat16_run_is_bitwise(tmp_path, text):
     """In bfloat16 on two threads; --compile auto compiles, as the whole run is long enough, and what is left is not."""
     script = tmp_path / "compiling.py"
-    script.write_text(compiling_above(40 * 512 * 6 * 50304 * 64))
+    script.write_text(compiling_above(40 * 512 * 6 * 50304 * 32))
     flags = *RUN, "--data", text, "--dtype", "bfloat16", "--compile", "auto", "--max_steps", 60, "--resume"
     flags += "--total_batch_size", 512, "--micro_batch_size", 16
     env = dict(OMP_NUM_THREADS="2")

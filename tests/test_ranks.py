@@ -49,12 +49,17 @@ def test_signal_to_every_process_of_a_job_stops_it(tmp_path, text):
     log = tmp_path / "log"
     script = with_fault(tmp_path, "if step >= 8: time.sleep(0.5)")
     line = command(script, *RUN, "--data", text, "--log_dir", log, ranks=2)
-    agent = subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with open(tmp_path / "output", "w") as output:
+        agent = subprocess.Popen(line, env=ENVIRONMENT, stdout=output, stderr=output)
     wait_for_step(log, 8, agent)
-    for pid in [*ranks_of(agent), agent.pid]:
+    ranks = ranks_of(agent)
+    for pid in [*ranks, agent.pid]:
         os.kill(pid, signal.SIGTERM)
-    output = agent.communicate(timeout=60)[0]
-    assert "stopped by SIGTERM" in output and max(checkpoint.checkpoints(log)) == max(read_log(log)) + 1, output
+    ended = all_end(ranks, 60)
+    kill_all(agent)
+    output = (tmp_path / "output").read_text()
+    assert ended and "stopped by SIGTERM" in output and "forcefully" not in output, output
+    assert max(checkpoint.checkpoints(log)) == max(read_log(log)) + 1
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
