@@ -13,7 +13,6 @@ import errno
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -26,12 +25,12 @@ from safetensors import SafetensorError
 from torch.utils._pytree import tree_map_only
 
 from model import GPT
-from runtime.device import is_out_of_memory, oom_as_user_error
+from runtime.device import oom_as_user_error
 from tokens import VOCAB_SIZE, sha256
 
 UNFINISHED = ".unfinished-"  # prefix of what is being written or deleted, which is no checkpoint
 LOGS = "log.txt", "steps.csv"
-# The entries of checkpoint.json and their types. Records that an earlier version wrote have no flags.
+# The entries of checkpoint.json and their types.
 RECORD = dict(step=int, ranks=int, flags=dict, config=dict, data=dict, evaluated=bool, files=dict)
 
 
@@ -109,7 +108,7 @@ class Writer:
             writing.result()
 
     def close(self) -> BaseException | None:
-        """Wait, and return an error that wait() has not raised, as the run has ended by another one."""
+        """Wait; return an error that wait() has not raised, because the run has ended by another one."""
         self.pool.shutdown()
         return self.writing and self.writing.exception()
 
@@ -117,25 +116,19 @@ class Writer:
 def prune(log_dir: Path, keep: int) -> list[str]:
     """Delete all checkpoints but the newest `keep` and the best by validation loss. Return a line for each failure."""
     directories = list(checkpoints(log_dir).values())
-    losses = {d: loss for d in directories if (loss := validation_loss(d)) is not None}
+    losses = {}
+    for directory in directories:
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # it may be damaged
+            losses[directory] = float(json.loads((directory / "checkpoint.json").read_bytes())["validation_loss"])
     best = min(losses, key=losses.get, default=None)
     failures = []
     for directory in directories[:-keep]:
-        if directory == best:
-            continue
-        try:
-            shutil.rmtree(directory.rename(log_dir / (UNFINISHED + directory.name)))
-        except OSError as e:
-            failures.append(f"{directory}: could not be deleted ({e.strerror}); the run continues")
+        if directory != best:
+            try:
+                shutil.rmtree(directory.rename(log_dir / (UNFINISHED + directory.name)))
+            except OSError as e:
+                failures.append(f"{directory}: could not be deleted ({e.strerror}); the run continues")
     return failures
-
-
-def validation_loss(directory: Path) -> float | None:
-    """Return a checkpoint's validation loss, or None if it was not evaluated or cannot be read."""
-    try:
-        return json.loads((directory / "checkpoint.json").read_bytes())["validation_loss"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
 
 
 def clean(log_dir: Path) -> None:
@@ -144,39 +137,25 @@ def clean(log_dir: Path) -> None:
         shutil.rmtree(p, ignore_errors=True)
 
 
-def rename_later(log_dir: Path, chosen: Path, step: int) -> list[str]:
-    """Rename the checkpoints after the chosen one, of that step, to `old-…`. Return a line for each."""
-    lines = []
-    for other_step, directory in checkpoints(log_dir).items():
-        if other_step > step and not directory.samefile(chosen):
-            target = directory.rename(unused_name(log_dir / f"old-{directory.name}"))
-            lines.append(f"{directory} is renamed to {target.name}")
-    return lines
+def archive(log_dir: Path, resume_from: Path | None, step: int) -> Path | None:
+    """Move what is not of this run, and only files of runs, to `old-<date-time>/`; return that if it exists.
 
-
-def archive(log_dir: Path) -> Path | None:
-    """Move the files of the run that is here, and nothing else, to `old-<date-time>/`; return that if it exists."""
-    names = [*LOGS, "run.json", "curves.png"]
-    if (log_dir / "wandb/id.txt").is_file():
-        names.append("wandb")
-    files = [log_dir / name for name in names if (log_dir / name).exists()]
-    files += [p for p in log_dir.iterdir() if re.fullmatch(r"(old-|bad-)?step_\d+(-\d+)?", p.name) and p.is_dir()]
+    These are the checkpoints after step, or the whole run in log_dir if resume_from is not one of its checkpoints.
+    """
+    if resume_from is not None and resume_from.parent.samefile(log_dir):
+        files = [p for n, p in checkpoints(log_dir).items() if n > step and not p.samefile(resume_from)]
+    else:
+        names = [*LOGS, "run.json", "curves.png"]
+        if (log_dir / "wandb/id.txt").is_file():
+            names.append("wandb")
+        files = [p for name in names if (p := log_dir / name).exists()] + [*checkpoints(log_dir).values()]
     if not files:
         return None
-    old = unused_name(log_dir / f"old-{datetime.now():%Y%m%d-%H%M%S}")
+    old = log_dir / f"old-{datetime.now():%Y%m%d-%H%M%S-%f}"
     old.mkdir()
     for p in files:
         p.rename(old / p.name)
     return old
-
-
-def unused_name(path: Path) -> Path:
-    """Return the path, with a number after it if it exists."""
-    candidate, number = path, 2
-    while candidate.exists():
-        candidate = path.with_name(f"{path.name}-{number}")
-        number += 1
-    return candidate
 
 
 def checkpoints(log_dir: Path) -> dict[int, Path]:
@@ -228,12 +207,9 @@ def read_record(path: Path) -> dict:
         record = json.loads(content)
         stated = record.pop("sha256")  # of the record without this entry
         if stated != digest(record) or content != canonical(dict(record, sha256=stated)):
-            raise CheckpointError(f"{path}: does not match its own SHA-256")
+            raise ValueError("does not match its own SHA-256")
         if "requested" in record:
-            raise CheckpointError(
-                f"{path}: written by an earlier version of this code, which cannot be resumed; "
-                f"--init_from {path.parent} starts a new run from its weights"
-            )
+            raise ValueError(f"an earlier version of this code wrote it; --init_from {path.parent} takes its weights")
         for key, kind in RECORD.items():
             if type(record[key]) is not kind:
                 raise ValueError(f"{key} is {record[key]!r}")
@@ -251,31 +227,18 @@ def read_record(path: Path) -> dict:
 def load(directory: Path) -> tuple[GPT, dict]:
     """Return the model and the trainer state of a checkpoint that has been verified, on the CPU.
 
-    Raise CheckpointError if the files are not what a run writes. Code in them is refused and never runs.
+    Raise UserError if the files are not what a run writes. Code in them is refused and never runs.
     """
-    with errors_of_state(directory):
+    with errors_of(f"{directory}: cannot be loaded"):
         state = torch.load(directory / "trainer_state.pt", map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not {"optimizer", "scaler"} <= state.keys():
             raise ValueError("trainer_state.pt holds no optimizer and scaler")
         return GPT.from_pretrained(directory), state
 
 
-@contextlib.contextmanager
-def errors_of_state(directory: Path) -> Iterator[None]:
-    """Raise CheckpointError for whatever comes of files that are not what a run writes."""
-    try:
-        yield
-    except (OSError, LookupError, TypeError, ValueError, AttributeError, EOFError, pickle.UnpicklingError) as e:
-        raise CheckpointError(f"{directory}: cannot be loaded ({first_line(e)})") from None
-    except RuntimeError as e:
-        if is_out_of_memory(e):
-            raise
-        raise CheckpointError(f"{directory}: cannot be loaded ({first_line(e)})") from None
-
-
 def load_model(flag: str, name_or_dir: str | Path) -> GPT:
     """Return the model with GPT-2's vocabulary that this flag names: a directory, or a name on the hub."""
-    with errors_of(flag, name_or_dir):
+    with errors_of(f"{flag} {name_or_dir}: cannot be loaded as a GPT-2"):
         model = GPT.from_pretrained(name_or_dir)
     if model.config.vocab_size < VOCAB_SIZE:
         raise UserError(f"{flag} {name_or_dir}: has {model.config.vocab_size} tokens, not GPT-2's {VOCAB_SIZE}")
@@ -283,12 +246,12 @@ def load_model(flag: str, name_or_dir: str | Path) -> GPT:
 
 
 @contextlib.contextmanager
-def errors_of(flag: str, name_or_dir: str | Path) -> Iterator[None]:
-    """Raise UserError for whatever a hub's client may raise, or a file that is not a model."""
+def errors_of(what: str) -> Iterator[None]:
+    """Raise UserError for whatever a hub's client may raise, or files that are not what they should be."""
     try:
         yield
     except Exception as e:
-        raise UserError(f"{flag} {name_or_dir}: cannot be loaded as a GPT-2: {first_line(e)}") from None
+        raise UserError(f"{what}: {first_line(e)}") from None
 
 
 def canonical(record: dict) -> bytes:

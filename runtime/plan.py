@@ -103,7 +103,7 @@ def resumed_config(flags: dict, machine_flags: dict, resume_from: Path, record: 
         raise UserError(f"--resume {resume_from}: checkpoint.json: {e}") from None
     values = dict(record["config"], dry_run=False, resume=None)
     # The run continues where its checkpoint is, and not where that was written: it may be a copy.
-    in_log_dir = re.fullmatch(r"(old-)?step_\d+(-\d+)?", resume_from.name)
+    in_log_dir = re.fullmatch(r"step_\d+", resume_from.name)
     values["log_dir"] = str(resume_from.parent) if in_log_dir else TrainConfig.log_dir
     if flags["resume"] != "newest":
         values["wandb"] = None  # the checkpoint may be somebody else's
@@ -122,7 +122,7 @@ def resumed_config(flags: dict, machine_flags: dict, resume_from: Path, record: 
 
 def pretrained_options(flags: dict) -> tuple[int, dict]:
     """Return the vocabulary size and the options that --init_from sets. Raise UserError if flags contradict them."""
-    with checkpoint.errors_of("--init_from", flags["init_from"]):
+    with checkpoint.errors_of(f"--init_from {flags['init_from']}: cannot be loaded as a GPT-2"):
         config = GPTConfig.from_pretrained(flags["init_from"])
     shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "bias")}
     for name, value in shape.items():

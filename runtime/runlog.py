@@ -34,7 +34,7 @@ class WandB:
     timeout = 60.0  # seconds, for each call
 
     def __init__(self, config: dict, log_dir: Path, print_line: Callable[[str], None]):
-        self.run, self.failed, self.print_line = None, False, print_line
+        self.failed, self.print_line = False, print_line
         self.attempt(lambda: self.start(config, log_dir))
 
     def start(self, config: dict, log_dir: Path) -> None:
@@ -42,6 +42,7 @@ class WandB:
         os.environ.setdefault("WANDB_CACHE_DIR", str(log_dir))
         import wandb
 
+        self.teardown = wandb.teardown
         settings = dict(project=config["wandb"], console="off", resume="allow")
         # These come before the timeout of a call: they end what its process is still trying to do, too.
         settings |= dict(init_timeout=self.timeout / 2, finish_timeout=self.timeout / 2, finish_timeout_raises=True)
@@ -59,13 +60,7 @@ class WandB:
     def close(self) -> None:
         if not self.failed:
             self.attempt(self.run.finish)
-        self.attempt(self.end_process)
-
-    def end_process(self) -> None:
-        """End wandb's process; at the end of this one, wandb would wait for it without a limit."""
-        import wandb
-
-        wandb.teardown()
+        self.attempt(lambda: self.teardown())  # or wandb would wait for its process without a limit
 
     def attempt(self, call: Callable[[], None]) -> None:
         """Make a call of wandb. Print the first that fails, or takes longer than the timeout."""
@@ -106,19 +101,15 @@ class RunLog:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
             checkpoint.clean(self.dir)
-            if resume_from is not None and resume_from.parent.samefile(self.dir):
-                for line in checkpoint.rename_later(self.dir, resume_from, step):
-                    self.print(line)
-            elif old := checkpoint.archive(self.dir):
+            if old := checkpoint.archive(self.dir, resume_from, step):
                 found = list(checkpoint.checkpoints(old).values())
                 hint = f"; --resume {found[-1]} continues it" if found else ""
-                self.print(f"the run that was in {self.dir} is now in {old}{hint}")
+                self.print(f"files of an earlier run in {self.dir} are now in {old}{hint}")
             if resume_from is not None:
                 self.restore_logs(resume_from)
             with write_atomically(self.dir / "run.json") as f:
                 f.write((json.dumps(metadata, indent=2) + "\n").encode())
-            for name in checkpoint.LOGS:
-                # A line at a time: what is written survives the death of this process.
+            for name in checkpoint.LOGS:  # buffering=1: each line survives the death of this process
                 self.files[name] = open(self.dir / name, "a", encoding="utf-8", buffering=1)
             if self.files["steps.csv"].tell() == 0:
                 self.write("steps.csv", "step,tokens,loss,lr,norm,seconds")

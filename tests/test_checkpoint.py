@@ -56,18 +56,23 @@ def test_damaged_checkpoint_is_skipped_and_renamed(log, text, undisturbed):
     assert "step_000012/model.safetensors: does not match its SHA-256; --resume alone takes" in refused.stderr
     done = resume(log, text, "--keep", 50)
     assert f"skipped a checkpoint: {damaged}/model.safetensors: does not match its SHA-256" in done.stdout
-    assert f"{damaged} is renamed to old-step_000012" in done.stdout and (log / "old-step_000012").is_dir()
+    (old,) = log.glob("old-*")
+    assert f"{log} are now in {old}; --resume {old}/step_000012" in done.stdout and (old / "step_000012").is_dir()
     assert older.is_dir()
     assert_same_run(log, undisturbed)
 
 
 def test_older_checkpoint_may_be_chosen(log, text, undisturbed):
-    """By another name of its directory, too; later checkpoints are renamed."""
+    """By another name of its directory, too; later checkpoints are archived."""
     resume(log, text, "--keep", 50)
     (log.parent / "link").symlink_to(log)
     again = resume(log, text, log.parent / "link/step_000020", "--keep", 50)
-    assert "step_000025 is renamed to old-step_000025" in again.stdout and "at step 20" in again.stdout
-    assert {"old-step_000025", "old-step_000030", "step_000025", "step_000030"} < {p.name for p in log.iterdir()}
+    (old,) = log.glob("old-*")
+    assert (
+        f"{old.name}/step_000030 continues it" in again.stdout
+        and "at step 20" in again.stdout
+    )
+    assert {"step_000025", "step_000030"} == {p.name for p in old.iterdir()} < {p.name for p in log.iterdir()}
     assert_same_run(log, undisturbed)
 
 
