@@ -32,7 +32,6 @@ SIZES = {
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
 }
 
-
 # What Hugging Face's GPT2Config can vary and GPT-2 does not.
 HF_CONFIG = dict(
     activation_function="gelu_new",
@@ -74,11 +73,7 @@ class GPTConfig:
 
         Raise OSError if it cannot be reached or read, ValueError if it is not a GPT-2.
         """
-        return cls.from_hf(json.loads(_find(name_or_dir, "config.json").read_text(encoding="utf-8")))
-
-    @classmethod
-    def from_hf(cls, hf: dict) -> GPTConfig:
-        """Return the configuration that a Hugging Face config.json holds. Raise ValueError if it is not GPT-2's."""
+        hf = json.loads(_find(name_or_dir, "config.json").read_text(encoding="utf-8"))
         try:
             if hf["model_type"] != "gpt2":
                 raise ValueError(f"not a GPT-2: its config.json has model_type {hf['model_type']!r}")
@@ -94,22 +89,12 @@ class GPTConfig:
 
     def to_hf(self) -> dict:
         """Return the content of a Hugging Face config.json. Other programs ignore `bias`."""
-        return HF_CONFIG | dict(
-            architectures=["GPT2LMHeadModel"],
-            model_type="gpt2",
-            vocab_size=self.vocab_size,
-            n_positions=self.block_size,
-            n_layer=self.n_layer,
-            n_head=self.n_head,
-            n_embd=self.n_embd,
-            embd_pdrop=self.dropout,
-            attn_pdrop=self.dropout,
-            resid_pdrop=self.dropout,
-            bias=self.bias,
-            bos_token_id=END_OF_TEXT,
-            eos_token_id=END_OF_TEXT,
-            dtype="float32",
-        )
+        shape = dict(vocab_size=self.vocab_size, n_positions=self.block_size)
+        shape |= dict(n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd, bias=self.bias)
+        dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), self.dropout)
+        tokens = dict(bos_token_id=END_OF_TEXT, eos_token_id=END_OF_TEXT)
+        kind = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", dtype="float32")
+        return HF_CONFIG | shape | dropout | tokens | kind
 
 
 class CausalSelfAttention(nn.Module):
@@ -167,8 +152,7 @@ class KVCache:
     """Keys and values of a layer for the tokens so far, so that generating a token computes one token.
 
     Two buffers (B, nh, block_size, hs) hold `length` tokens. The first update may add several tokens, later ones add
-    one. On a CPU the buffers are float32: attention for a single query is slower there in bfloat16 (AVX512-BF16: four
-    times).
+    one. On a CPU they are float32: for a single query, attention is up to four times slower there in bfloat16.
     """
 
     def __init__(self, block_size: int):
@@ -192,15 +176,14 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.block_size, config.n_embd),
-                drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
-            )
+        layers = dict(
+            wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         )
+        self.transformer = nn.ModuleDict(layers)
         self.init_weights()
 
     @torch.no_grad()
@@ -220,18 +203,15 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
         self.transformer.wte.weight[self.config.vocab_size :] = 0.0
 
-    def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Return (logits, None) for idx (B, T), and (None, loss) for idx and targets (B, T), all of int64.
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the logits (B, T, V) for tokens idx (B, T); with targets (B, T), the mean cross-entropy in nats.
 
-        The logits are float32 (B, T, V), the loss is the mean cross-entropy in nats. Raise ValueError if T is larger
-        than block_size.
+        Both are float32. Raise ValueError if T is larger than block_size.
         """
         logits = self.head(self.hidden(idx))
         if targets is None:
-            return logits, None
-        return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
+            return logits
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
 
     def hidden(
         self,
@@ -265,29 +245,16 @@ class GPT(nn.Module):
         """
         return F.linear(x, self.transformer.wte.weight)[..., : self.config.vocab_size].float()
 
-    def generate(  # noqa: PLR0913 (the arguments that transformers' generate has, too)
-        self,
-        idx: torch.Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        stop_token: int | None = None,
-        generator: torch.Generator | None = None,
-        use_cache: bool = True,
-    ) -> torch.Tensor:
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, **options) -> torch.Tensor:
         """Continue each sequence of idx (B, T) by up to max_new_tokens; return prompt and continuation (B, T + new).
 
-        temperature 0 takes the most likely token. top_k keeps the k most likely tokens, top_p (Holtzman et al., 2020,
-        section 3.1) the fewest tokens with that much probability. A sequence that has generated stop_token is filled up
-        with it, and generation ends once every sequence has. Past block_size, each token is computed from the last
-        block_size tokens: all their positions change, so there the cache cannot help.
+        The options are those of `stream`.
         """
-        steps = self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop_token, generator, use_cache)
-        return torch.cat((idx, *(token[:, None] for token in steps)), dim=1)
+        tokens = self.stream(idx, max_new_tokens, **options)
+        return torch.cat((idx, *(token[:, None] for token in tokens)), dim=1)
 
     @torch.inference_mode()
-    def stream(  # noqa: PLR0913 (the same)
+    def stream(  # noqa: PLR0913 (the arguments that transformers' generate has, too)
         self,
         idx: torch.Tensor,
         max_new_tokens: int,
@@ -298,7 +265,13 @@ class GPT(nn.Module):
         generator: torch.Generator | None = None,
         use_cache: bool = True,
     ) -> Iterator[torch.Tensor]:
-        """Yield what `generate` appends: one token for each sequence, (B), at a time."""
+        """Yield up to max_new_tokens that continue each sequence of idx (B, T): one for each sequence, (B), at a time.
+
+        temperature 0 takes the most likely token. top_k keeps the k most likely tokens, top_p (Holtzman et al., 2020,
+        section 3.1) the fewest tokens with that much probability. A sequence that has generated stop_token is filled up
+        with it, and generation ends once every sequence has. Past block_size, each token is computed from the last
+        block_size tokens: all their positions change, so there the cache cannot help.
+        """
         block_size = self.config.block_size
         caches = [KVCache(block_size) for _ in self.transformer.h] if use_cache else []
         done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
@@ -424,8 +397,8 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Return the floating-point operations to train on one token at full context, forward and backward.
 
-        They are 6 for each weight of a matrix product and 12·n_layer·n_embd·block_size for attention, which is counted
-        without the causal mask (Chowdhery et al., 2022, PaLM, appendix B).
+        6 for each weight of a matrix product, and 12·n_layer·n_embd·block_size for attention, which is counted without
+        the causal mask (Chowdhery et al., 2022, PaLM, appendix B).
         """
         c = self.config
         weights = 12 * c.n_layer * c.n_embd**2 + c.padded_vocab_size * c.n_embd  # the head's; lookups multiply nothing

@@ -44,47 +44,36 @@ class TrainConfig:
     n_embd: int = option(768, "number of channels", low=1, high=2**24)
     bias: bool = option(True, "use biases in linear layers and LayerNorms, as GPT-2 does")
     data: str | None = option(
-        None,
-        "directory of token shards, or a UTF-8 text file (default: edu_fineweb10B/ if it exists, else input.txt)",
-        metavar="PATH",
+        None, "directory of token shards, or text file (default: edu_fineweb10B/, else input.txt)", metavar="PATH"
     )
     log_dir: str = option("log", "directory for the log and the checkpoints", metavar="DIR")
     init_from: str | None = option(
         None,
-        "fine-tune this model: a directory, or a name on the Hugging Face hub; sets the shape and seq_len, and a "
-        "constant learning rate of 3e-5",
+        "fine-tune this model, a directory or a name on the hub; sets shape, seq_len and a constant max_lr of 3e-5",
         metavar="MODEL",
     )
     resume: str | None = option(
         None, "resume from the checkpoint DIR, or without DIR from the newest in log_dir", const="newest", metavar="DIR"
     )
-    max_steps: int | None = option(
-        None, "number of optimizer steps; 0 only evaluates (default: 19,073, or one epoch of shards under 9.5B tokens)"
-    )
+    max_steps: int | None = option(None, "steps; 0 only evaluates (default: one epoch of shards, 19,073 at most)")
     total_batch_size: int = option(524288, "tokens per optimizer step, over all ranks", low=1)
-    micro_batch_size: int | None = option(
-        None, "sequences per forward pass and rank (default: as many as fit into memory)", low=1
-    )
+    micro_batch_size: int | None = option(None, "sequences per forward pass (default: as many as fit)", low=1)
     seq_len: int = option(1024, "tokens per sequence: the context of the model", low=1, high=2**24)
     max_lr: float = option(6e-4, "learning rate after warm-up")
     min_lr: float | None = option(None, "learning rate at the end (default: max_lr / 10)")
     schedule: str = option("cosine", "decay of the learning rate after warm-up", choices=("cosine", "wsd"))
     decay_fraction: float = option(0.5, "fraction of the steps, at the end, in which wsd decays", high=1)
     warmup_steps: int | None = option(None, "steps of linear warm-up (default: 715, at most max_steps / 10)")
-    optimizer: str = option(
-        "adamw", "muon updates the matrices of the blocks by Muon, the rest by AdamW", choices=("adamw", "muon")
-    )
+    optimizer: str = option("adamw", "AdamW, or Muon for the matrices of the blocks", choices=("adamw", "muon"))
     muon_lr_scale: float = option(1.0, "learning rate of Muon's matrices, as a multiple of AdamW's")
     weight_decay: float = option(0.1, "weight decay of matrices and embeddings")
     grad_clip: float = option(1.0, "clip the gradient to this norm; 0 does not clip")
     dropout: float = option(0.0, "dropout probability, in embeddings, attention and residual branches", high=0.99)
     seed: int = option(1337, "seed of initial weights, data order and dropout", high=2**31)
-    device: str = option(
-        "auto", "device to train on; auto takes cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps")
-    )
+    device: str = option("auto", "auto takes cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option(
         "auto",
-        "precision of matrix products; auto takes bfloat16 where the hardware has it, else float16 on cuda or float32",
+        "precision of matrix products; auto takes bfloat16 where the device has it, else float16 on cuda or float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     compile: str = option("auto", "use torch.compile; auto where it saves time", choices=("auto", "on", "off"))
@@ -94,9 +83,7 @@ class TrainConfig:
     sample_every: int = option(250, "steps between samples; 0 for none")
     save_every: int = option(1000, "steps between checkpoints; 0 for one at the end")
     keep: int = option(2, "number of newest checkpoints to keep, besides the best by validation loss", low=1)
-    wandb: str | None = option(
-        None, "also log to this project on Weights & Biases (pip install wandb)", metavar="PROJECT"
-    )
+    wandb: str | None = option(None, "also log to Weights & Biases (pip install wandb)", metavar="PROJECT")
     dist_timeout: float = option(600.0, "seconds after which a rank that gets no answer from another stops", low=1)
     dry_run: bool = option(False, "run four steps, print what the run would take, write nothing")
 

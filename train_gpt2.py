@@ -34,15 +34,18 @@ from runtime.plan import FULL_RUN, Plan, divisor_up_to, make_plan, merge_flags
 from runtime.runlog import RunLog, run_metadata
 from tokens import gpt2_encoding
 
-EPILOG = """
+PRESET_LINES = "\n".join(
+    f"  {name:12}" + " ".join(f"{k}={v}" for k, v in preset.items()) for name, preset in PRESETS.items()
+)
+EPILOG = f"""
 The defaults above are the published recipe of GPT-2 124M. A preset overrides them, and your flags override both:
-{presets}
+{PRESET_LINES}
 
 Ctrl-C or SIGTERM: the run finishes its step, saves a checkpoint and stops; --resume continues it. A second one stops
 the run at once. Exit status: 0 done, 2 wrong flags or data, 3 loss not finite, 4 disk or network, 130 Ctrl-C,
 143 SIGTERM, 1 other errors.
 
-The full reproduction: {full_run}
+The full reproduction: {FULL_RUN}
 """
 
 
@@ -116,6 +119,7 @@ class Trainer:
         Raise UserError, with no weight changed on any rank, if the loss or the norm of the gradient is not finite.
         """
         started = time.perf_counter()
+        self.model.train()
         loss_sum = torch.zeros((), device=self.dist.device)
         for micro_step in range(self.grad_accum_steps):
             x, y = inputs_and_targets(next(self.micro_batches), self.dist.device)
@@ -123,7 +127,7 @@ class Trainer:
             # DDP averages the gradients over the ranks once, with the last micro-step.
             self.model.require_backward_grad_sync = micro_step == self.grad_accum_steps - 1
             with self.autocast:
-                _, loss = self.model(x, y)
+                loss = self.model(x, y)
             loss = loss / self.grad_accum_steps
             self.scaler.scale(loss).backward()
             loss_sum += loss.detach()
@@ -184,9 +188,8 @@ class Trainer:
             numbers = list(range(first, min(first + B, n)))
             x, y = inputs_and_targets(self.val_loader.rows(numbers), self.dist.device)
             with self.autocast:
-                _, loss = self.raw_model(x, y)
+                loss = self.raw_model(x, y)
             total += loss * len(numbers)
-        self.raw_model.train()
         (total,) = self.dist.sum_scalars(total)
         return total / n
 
@@ -196,7 +199,6 @@ class Trainer:
         batch_tokens = self.config.micro_batch_size * self.config.seq_len
         with self.autocast:
             scores, _ = hellaswag.score(self.raw_model, self.examples, batch_tokens, self.dist.rank, self.dist.size)
-        self.raw_model.train()
         scores = self.dist.all_reduce(scores).cpu()
         return hellaswag.compute_accuracy(scores, self.examples).acc_norm / len(self.examples)
 
@@ -205,10 +207,9 @@ class Trainer:
         self.raw_model.eval()
         prompt = gpt2_encoding().encode_ordinary("Hello, I'm a language model,")
         idx = torch.tensor([prompt] * 4, device=self.dist.device)
+        generator = torch.Generator(self.dist.device).manual_seed(42)
         with self.autocast:
-            generator = torch.Generator(self.dist.device).manual_seed(42)
             rows = self.raw_model.generate(idx, 32, top_k=50, generator=generator)
-        self.raw_model.train()
         return [gpt2_encoding().decode(row) for row in rows.tolist()]
 
     def save_checkpoint(self) -> None:
@@ -303,7 +304,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(config.device, enabled=config.dtype == "float16")
         if self.plan.resume_from:
             state = dist.broadcast_tree(state)
-            with dist.agree(), checkpoint.errors_of_state(self.plan.resume_from):
+            with dist.agree(), checkpoint.errors_of(f"{self.plan.resume_from}: cannot be loaded"):
                 self.optimizer.load_state_dict(state["optimizer"])
                 if self.scaler.is_enabled() and state["scaler"]:
                     self.scaler.load_state_dict(state["scaler"])
@@ -391,7 +392,7 @@ class Trainer:
             self.raw_model.eval()(x, y)
         self.model.train().require_backward_grad_sync = communicate
         with self.autocast:
-            _, loss = self.model(x, y)
+            loss = self.model(x, y)
         loss.backward()
         del moments
 
@@ -423,11 +424,11 @@ def main(argv: list[str] | None = None) -> int:
     tune_malloc()
     torch.set_float32_matmul_precision("high")  # TF32, for what is left in float32
     with Distributed() as dist:
-        flags = parse_options(TrainConfig, argv, __doc__, epilog())
-        restarts = read_environment("TORCHELASTIC_MAX_RESTARTS", 0) and not flags.get("dry_run")
-        if restarts and flags.get("resume") != "newest":
-            raise UserError("torchrun --max-restarts: add --resume without DIR; a restart takes the newest checkpoint")
-        dist.connect(flags.get("dist_timeout", TrainConfig.dist_timeout))
+        with dist.agree():
+            flags = parse_options(TrainConfig, argv, __doc__, EPILOG)
+            restarts = read_environment("TORCHELASTIC_MAX_RESTARTS", 0) and not flags.get("dry_run")
+            if restarts and flags.get("resume") != "newest":
+                raise UserError("torchrun --max-restarts: add --resume without DIR; it takes the newest checkpoint")
         draft = dist.from_main(lambda: merge_flags(flags, dist.size))
         dist.set_timeout(draft.config.dist_timeout)
         # On a CPU: compiled, its threads would else add up the embedding's gradient in any order, and slowly.
@@ -438,12 +439,6 @@ def main(argv: list[str] | None = None) -> int:
         plan = dist.from_main(lambda: make_plan(draft, data, dist))
         with contextlib.closing(Trainer(plan, data, dist)) as trainer:
             return trainer.dry_run() if plan.config.dry_run else trainer.train()
-
-
-def epilog() -> str:
-    """Return the end of --help."""
-    presets = "\n".join(f"  {name:12}" + " ".join(f"{k}={v}" for k, v in p.items()) for name, p in PRESETS.items())
-    return EPILOG.format(presets=presets, full_run=FULL_RUN)
 
 
 if __name__ == "__main__":

@@ -27,27 +27,21 @@ class Distributed:
 
     def __init__(self):
         """Read torchrun's environment. Raise UserError if it does not fit together."""
-        self.rank, self.local_rank, self.size, self.local_size = (
-            read_environment(name, default)
-            for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
-        )
+        self.rank, self.size = read_environment("RANK", 0), read_environment("WORLD_SIZE", 1)
+        self.local_rank = read_environment("LOCAL_RANK", 0)
+        self.local_size = read_environment("LOCAL_WORLD_SIZE", 1)
         if not (self.rank < self.size and self.local_rank < self.local_size):
             names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
             values = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
             raise UserError(f"{values}: do not fit together; start ranks with torchrun")
         self.device = torch.device("cpu")
-        self.timeout = 0.0
+        self.timeout = 600.0  # seconds, until set_timeout
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def __enter__(self) -> "Distributed":
-        return self
-
-    def connect(self, timeout: float) -> None:
-        """Connect the ranks. timeout is in seconds: a rank that gets no answer from another for as long stops."""
-        self.timeout = timeout
         if self.size > 1:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             try:
@@ -57,12 +51,10 @@ class Distributed:
                 raise UserError(f"{address}: {first_line(e)}; start ranks with torchrun") from None
             except dist.DistError as e:
                 raise UserError(f"rank {self.rank} does not reach the others: {first_line(e)}", 4) from None
+        return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if not dist.is_initialized():
-            if self.local_rank > 0 and isinstance(error, UserError):  # a wrong option: all ranks raise the same error
-                time.sleep(1)  # local rank 0 prints it; torchrun ends all ranks when the first one ends
-                sys.exit(error.status)
+        if self.size == 1:
             return
         agreed = isinstance(error, UserError) and error.agreed
         if agreed and self.local_rank == 0:

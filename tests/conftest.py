@@ -169,9 +169,9 @@ def faulty(model, idx, targets=None):
     global calls, micro_step
     calls += model.training
     micro_step += model.training
-    _, loss = result = forward(model, idx, targets)
+    loss = forward(model, idx, targets)
 {fault}
-    return result
+    return loss
 
 train_gpt2.Trainer.train_step, GPT.forward = counted_train_step, faulty
 sys.exit(run_script(train_gpt2.main))

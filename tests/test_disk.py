@@ -41,7 +41,7 @@ def test_checkpoint_that_does_not_fit_ends_the_run(log, text, undisturbed, limit
     "then, status, message",
     [
         ("os.kill(os.getpid(), signal.SIGTERM)", 4, "finishing the step"),
-        ("return None, loss * float('nan')", 3, "step 5: loss nan"),
+        ("return loss * float('nan')", 3, "step 5: loss nan"),
     ],
 )
 def test_failed_checkpoint_is_reported_beside_a_stop(tmp_path, text, then, status, message):

@@ -41,7 +41,7 @@ def greedy(here) -> str:
     model = GPT.from_pretrained(here / "log/step_000550").eval()
     prompt = gpt2_encoding().encode_ordinary(PROMPT)
     ids = model.generate(torch.tensor([prompt]), 50, temperature=0)  # (1, T)
-    best, second = model(ids)[0][0, len(prompt) - 1 : -1].topk(2).values.unbind(dim=-1)  # (50) each
+    best, second = model(ids)[0, len(prompt) - 1 : -1].topk(2).values.unbind(dim=-1)  # (50) each
     # Others differ by 1e-4 at most (tests/test_model.py): no rounding decides a token.
     assert (best - second).min() > 0.1 and len(set(ids[0].tolist())) > 25
     return gpt2_encoding().decode(ids[0].tolist())

@@ -30,11 +30,10 @@ def compare(model: GPT, theirs, B: int, T: int) -> None:
     hundred layers and thousands of channels, taken in another order, loses two to three digits of that."""
     x = tokens_for(model.config, B, T + 1)
     inputs, targets = x[:, :-1], x[:, 1:]
-    logits, none = model(inputs)
-    assert none is None and logits.dtype == torch.float32 and logits.shape == (B, T, model.config.vocab_size)
+    logits = model(inputs)
+    assert logits.dtype == torch.float32 and logits.shape == (B, T, model.config.vocab_size)
     torch.testing.assert_close(logits, theirs(inputs).logits, atol=1e-4, rtol=0)
-    none, loss = model(inputs, targets)
-    assert none is None
+    loss = model(inputs, targets)
     their_logits = theirs(inputs).logits
     their_loss = F.cross_entropy(their_logits.view(-1, their_logits.size(-1)), targets.reshape(-1))
     torch.testing.assert_close(loss, their_loss, atol=1e-5, rtol=1e-6)
@@ -61,7 +60,7 @@ def test_model_equals_transformers_for_any_shape(tmp_path_factory, n_head, head_
     theirs = reference(model, tmp_path_factory.mktemp("model"))
     if not bias:  # theirs has zero biases where ours has none: compare the outputs
         x = tokens_for(config, B, T)
-        torch.testing.assert_close(model(x)[0], theirs(x).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(model(x), theirs(x).logits, atol=1e-4, rtol=0)
     else:
         compare(model, theirs, B, T)
 
@@ -93,7 +92,7 @@ def test_transformers_reads_model_and_tokenizer(tmp_path):
     assert ids == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
     assert tokenizer.model_max_length == 32 and tokenizer.eos_token_id == 50256
     x = torch.tensor([ids])
-    torch.testing.assert_close(model(x)[0], theirs(x).logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model(x), theirs(x).logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "float16", "bare names", "sharded", "bin"])
@@ -121,7 +120,7 @@ def test_from_pretrained_reads_all_layouts_of_the_hub(tmp_path, layout):
         save_file(state, tmp_path / "model.safetensors")
     model = GPT.from_pretrained(tmp_path).eval()
     x = tokens_for(model.config, 2, 16)
-    torch.testing.assert_close(model(x)[0], theirs(x).logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model(x), theirs(x).logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -162,17 +161,17 @@ def test_padded_rows_stay_zero_without_probability():
     optimizer = model.configure_optimizers(weight_decay=0.5, learning_rate=0.1)
     for step in range(5):
         x = tokens_for(config, 2, 17, seed=step)
-        model(x[:, :-1], x[:, 1:])[1].backward()
+        model(x[:, :-1], x[:, 1:]).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert model.transformer.wte.weight[config.vocab_size :].abs().max() == 0
-    assert model(x[:, :-1])[0].shape[-1] == 50257
+    assert model(x[:, :-1]).shape[-1] == 50257
 
 
 def test_vocabulary_of_50304_never_samples_its_last_ids():
     config = GPTConfig(block_size=8, vocab_size=50304, n_layer=1, n_head=1, n_embd=8)
     model = GPT(config).eval()
-    assert model(torch.zeros(1, 8, dtype=torch.int64))[0].shape[-1] == 50304
+    assert model(torch.zeros(1, 8, dtype=torch.int64)).shape[-1] == 50304
     logits = torch.zeros(4, 50304)
     logits[:, VOCAB_SIZE:] = 100.0
     for temperature in 0, 1.0:
@@ -206,25 +205,25 @@ def test_dropout_acts_in_embedding_attention_and_residual():
     config = GPTConfig(block_size=16, vocab_size=100, n_layer=1, n_head=2, n_embd=32, dropout=0.5)
     model = perturbed(config, std=0.2)
     x = tokens_for(config, 2, 16)
-    still = model(x)[0]
-    assert torch.equal(model(x)[0], still)
+    still = model(x)
+    assert torch.equal(model(x), still)
     model.train()
     dropouts = [model.transformer.drop, model.transformer.h[0].attn.attn_dropout]
     dropouts += [model.transformer.h[0].attn.resid_dropout, model.transformer.h[0].mlp.dropout]
     for dropout in dropouts:  # each by itself
         model.set_dropout(0.0)
-        assert torch.allclose(model(x)[0], still, atol=1e-5)
+        assert torch.allclose(model(x), still, atol=1e-5)
         dropout.p = 0.5
-        assert not torch.allclose(model(x)[0], still, atol=1e-2)
+        assert not torch.allclose(model(x), still, atol=1e-2)
 
 
 def test_cropped_context_keeps_its_first_positions():
     config = GPTConfig(block_size=16, vocab_size=100, n_layer=1, n_head=2, n_embd=32)
     model = perturbed(config)
     x = tokens_for(config, 2, 8)
-    expected = model(x)[0]
+    expected = model(x)
     model.crop_block_size(8)
-    assert model.config.block_size == 8 and torch.equal(model(x)[0], expected)
+    assert model.config.block_size == 8 and torch.equal(model(x), expected)
     with pytest.raises(ValueError, match="9 tokens do not fit into a context of 8"):
         model(tokens_for(config, 1, 9))
 

@@ -365,7 +365,7 @@ def test_earlier_run_is_archived_and_its_checkpoints_resume(tmp_path, text):
     ]  # fmt: skip
     assert (tmp_path / "notes.md").read_text() == "mine" and len(read_log(tmp_path)) == 2
     newest = old / "step_000008"
-    line = f"the run that was in {tmp_path} is now in {old}; --resume {newest} continues it"
+    line = f"files of an earlier run in {tmp_path} are now in {old}; --resume {newest} continues it"
     assert line in done.stdout.splitlines()
 
     elsewhere = tmp_path / "elsewhere"  # the resumed run has the logs from the first step on
@@ -472,14 +472,14 @@ def test_out_of_memory_in_backward_frees_that_pass(tmp_path, text, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     def limited_forward(model, idx, targets=None):
-        _, loss = result = forward(model, idx, targets)
+        loss = forward(model, idx, targets)
         if model.training and len(earlier_losses) < 2:  # in the two passes of the probe
             if any(alive() is not None for alive in earlier_losses):
                 out_of_memory()
             earlier_losses.append(weakref.ref(loss))
             if idx.size(0) > 2:
                 loss.register_hook(out_of_memory)
-        return result
+        return loss
 
     monkeypatch.setattr(GPT, "forward", limited_forward)
     done = train(text, tmp_path / "log", "--micro_batch_size", 4)
