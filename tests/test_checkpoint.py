@@ -68,10 +68,7 @@ def test_older_checkpoint_may_be_chosen(log, text, undisturbed):
     (log.parent / "link").symlink_to(log)
     again = resume(log, text, log.parent / "link/step_000020", "--keep", 50)
     (old,) = log.glob("old-*")
-    assert (
-        f"{old.name}/step_000030 continues it" in again.stdout
-        and "at step 20" in again.stdout
-    )
+    assert f"{old.name}/step_000030 continues it" in again.stdout and "at step 20" in again.stdout
     assert {"step_000025", "step_000030"} == {p.name for p in old.iterdir()} < {p.name for p in log.iterdir()}
     assert_same_run(log, undisturbed)
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
 import tokens
-from conftest import SMALL, assert_close, losses, read_log, run, run_in_process, run_ranks, weights
+from conftest import SMALL, assert_close, losses, read_log, run_in_process, run_ranks, weights
 from model import GPT, GPTConfig
 from muon import orthogonalize
 from runtime import checkpoint
@@ -130,7 +130,7 @@ def one_rank(tmp_path_factory, text):
 
 def test_three_ranks_share_the_work_and_equal_one(tmp_path, text, one_rank):
     """Of two layers, eight square matrices and four wide ones, of which the third rank has fewer than the others."""
-    run("train_gpt2.py", *RUN, "--data", text, "--log_dir", tmp_path, ranks=3)
+    run_ranks("train_gpt2.py", *RUN, "--data", text, "--log_dir", tmp_path, ranks=3)
     assert_close(losses(tmp_path), losses(one_rank))
     assert_close(losses(tmp_path, "val"), losses(one_rank, "val"))
     assert losses(tmp_path)[23] < losses(tmp_path)[0] - 0.5

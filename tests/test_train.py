@@ -221,7 +221,7 @@ def test_eight_micro_batches_of_one_equal_one_of_eight(tmp_path, text, twenty_st
 
 
 def test_two_ranks_equal_one(tmp_path, text, twenty_steps):
-    run("train_gpt2.py", *SMALL, "--data", text, "--log_dir", tmp_path, *TWENTY, "--micro_batch_size", 2, ranks=2)
+    train_ranks(text, tmp_path, *TWENTY, "--micro_batch_size", 2)
     assert_close(losses(twenty_steps), losses(tmp_path))
     assert_close(losses(twenty_steps, "val"), losses(tmp_path, "val"))
 
@@ -530,6 +530,7 @@ def test_first_command_runs_as_printed(clone):
     assert checkpoint.newest(clone / "log")[1]["step"] == len(read_log(clone / "log"))
 
 
+@pytest.mark.slow
 def test_eight_ranks_run_as_printed(clone):
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=8", "train_gpt2.py"]
     few = ["--max_steps", "2", "--eval_tokens", "2048", "--sample_every", "0"]

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
-from conftest import BOOKS_TEXT, SMALL, at_step, read_log, run, run_in_process, run_ranks, with_fault
+from conftest import BOOKS_TEXT, SMALL, at_step, read_log, run_in_process, run_ranks, with_fault
 from runtime.runlog import WandB
 
 
@@ -123,9 +123,9 @@ def test_missing_wandb_costs_one_line(here, tmp_path, monkeypatch):
     ],
 )
 def test_wandb_that_cannot_start_costs_one_line(here, tmp_path, env, timeout, message):
-    script = with_fault(tmp_path, f"import wandb\nrunlog.WandB.timeout = {timeout}")
+    fault = f"os.environ |= {environment(tmp_path) | env}\nimport wandb\nrunlog.WandB.timeout = {timeout}"
     started = time.monotonic()
-    done = run(script, *flags(here, "log"), env=environment(tmp_path) | env, cwd=tmp_path)
+    done = run_ranks(with_fault(tmp_path, fault), *flags(here, "log"), ranks=1, cwd=tmp_path)
     assert time.monotonic() - started < 80  # its process, which has the same stdout, would try for 90 seconds
     assert wandb_line(done.stdout).startswith(f"no Weights & Biases: {message}") and not done.stderr
     assert (tmp_path / "log/log.txt").read_bytes() == (here / "plain/log.txt").read_bytes()
