@@ -52,8 +52,7 @@ def save(log_dir: Path, model: GPT, trainer_state: dict, logs: dict[str, bytes],
         for name, content in logs.items():
             (partial / name).write_bytes(content)
         files = {p.name: dict(bytes=p.stat().st_size, sha256=sha256(p)) for p in sorted(partial.iterdir())}
-        record = dict(record, files=files)
-        (partial / "checkpoint.json").write_bytes(canonical(dict(record, sha256=digest(record))))
+        (partial / "checkpoint.json").write_bytes(encode_record(dict(record, files=files)))
         for p in partial.iterdir():
             fsync(p)
         fsync(partial)
@@ -205,8 +204,8 @@ def read_record(path: Path) -> dict:
     try:
         content = path.read_bytes()
         record = json.loads(content)
-        stated = record.pop("sha256")  # of the record without this entry
-        if stated != digest(record) or content != canonical(dict(record, sha256=stated)):
+        del record["sha256"]
+        if content != encode_record(record):
             raise ValueError("does not match its own SHA-256")
         if "requested" in record:
             raise ValueError(f"an earlier version of this code wrote it; --init_from {path.parent} takes its weights")
@@ -254,13 +253,11 @@ def errors_of(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {first_line(e)}") from None
 
 
-def canonical(record: dict) -> bytes:
-    """Return the bytes of checkpoint.json. Equal records have equal bytes, so their hash can be checked."""
-    return (json.dumps(record, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
-
-
-def digest(record: dict) -> str:
-    return hashlib.sha256(canonical(record)).hexdigest()
+def encode_record(record: dict) -> bytes:
+    """Return the bytes of checkpoint.json, which are the same for equal records: the record and its SHA-256."""
+    options = dict(sort_keys=True, indent=1, allow_nan=False)
+    sha256 = hashlib.sha256((json.dumps(record, **options) + "\n").encode()).hexdigest()
+    return (json.dumps(dict(record, sha256=sha256), **options) + "\n").encode()
 
 
 def fsync(path: Path) -> None:

@@ -234,7 +234,7 @@ def rewrite_record(path, change) -> None:
     record = json.loads(path.read_bytes())
     del record["sha256"]
     change(record)
-    path.write_bytes(checkpoint.canonical(dict(record, sha256=checkpoint.digest(record))))
+    path.write_bytes(checkpoint.encode_record(record))
 
 
 @pytest.mark.parametrize(
