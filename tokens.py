@@ -22,13 +22,12 @@ VOCAB_SIZE = END_OF_TEXT + 1
 WHITESPACE, NO_WHITESPACE = r"[^\S\x1c-\x1f]", r"[\S\x1c-\x1f]"  # what tiktoken's \s matches, four fewer than Python's
 LONG_RUN = 100_000  # characters of whitespace; tiktoken fails at a million
 
+_thread = threading.local()
+
 
 def sha256(path: Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-_thread = threading.local()
 
 
 def gpt2_encoding() -> tiktoken.Encoding:
@@ -47,13 +46,8 @@ def load_encoding() -> tiktoken.Encoding:
     # By default tiktoken keeps a second copy of what it reads in the temporary directory; ours is local already.
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")
     ranks = data_gym_to_mergeable_bpe_ranks(str(ASSETS / "merges.txt"), str(ASSETS / "vocab.json"))
-    return tiktoken.Encoding(
-        name="gpt2",
-        pat_str=r50k_pat_str,
-        mergeable_ranks=ranks,
-        special_tokens={"<|endoftext|>": END_OF_TEXT},
-        explicit_n_vocab=VOCAB_SIZE,
-    )
+    special = {"<|endoftext|>": END_OF_TEXT}
+    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
 
 def encode(text: str) -> np.ndarray:
