@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+from numpy.lib import format as npy
 
 from runtime.files import write_atomically
 from tokens import VOCAB_SIZE
@@ -30,7 +31,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
     if tokens.dtype != np.uint16 or tokens.ndim != 1:
         raise ShardError(f"{path}: a shard is a flat array of uint16, not {tokens.dtype} of shape {tokens.shape}")
     with write_atomically(path) as f:  # not by numpy.save, which does not tell a full disk from other errors
-        np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(tokens))
+        npy.write_array_header_1_0(f, npy.header_data_from_array_1_0(tokens))
         f.write(np.ascontiguousarray(tokens).data)
 
 
@@ -41,10 +42,8 @@ def open_shard(path: Path) -> np.ndarray:
     offset, n = _npy_layout(path) if path.suffix == ".npy" else _bin_layout(path)
     expected, found = offset + 2 * n, path.stat().st_size
     if found != expected:
-        what = "truncated" if found < expected else "trailing bytes"
-        raise ShardError(
-            f"{path}: {what}: {n:,} tokens make {expected:,} bytes, found {found:,}; download or write it again"
-        )
+        what = f"{'truncated' if found < expected else 'trailing bytes'}: {n:,} tokens make {expected:,} bytes"
+        raise ShardError(f"{path}: {what}, found {found:,}; download or write it again")
     if n == 0:
         raise ShardError(f"{path}: holds no tokens")
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(n,))
@@ -57,9 +56,8 @@ def _npy_layout(path: Path) -> tuple[int, int]:
     """Return where the tokens of a .npy shard begin, in bytes, and how many there should be."""
     with open(path, "rb") as f:
         try:
-            version = np.lib.format.read_magic(f)
-            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, _, dtype = read_header[version](f)
+            read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(f)]
+            shape, _, dtype = read_header(f)
         except (ValueError, KeyError, RecursionError, MemoryError) as e:
             raise ShardError(f"{path}: expected a .npy header, found none that can be read ({first_line(e)})") from None
         if dtype != np.dtype("<u2"):
@@ -76,10 +74,8 @@ def _bin_layout(path: Path) -> tuple[int, int]:
         raise ShardError(f"{path}: truncated: expected a header of {BIN_HEADER} bytes, found {4 * len(header)}")
     magic, version, n = (int(x) for x in header[:3])
     if (magic, version) != (BIN_MAGIC, BIN_VERSION):
-        raise ShardError(
-            f"{path}: expected magic {BIN_MAGIC} and version {BIN_VERSION}, found {magic} and {version}; "
-            "is this a token file in llm.c's GPT-2 format?"
-        )
+        expected = f"expected magic {BIN_MAGIC} and version {BIN_VERSION}, found {magic} and {version}"
+        raise ShardError(f"{path}: {expected}; is this a token file in llm.c's GPT-2 format?")
     if n < 0:
         raise ShardError(f"{path}: expected a token count, found {n}")
     return BIN_HEADER, n
