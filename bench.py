@@ -1,10 +1,9 @@
 """Measure speed as ratios: run each variant in its own process, all in turn, several times; print the medians.
 
-    python bench.py                                    all but fineweb, which needs documents
-    python bench.py small 124M                         training: tokens per second
-    python bench.py memory generate hellaswag          GPT-2 124M: peak memory, generation, HellaSwag
-    python bench.py optimizer                          what Muon adds to a step of small
-    python bench.py fineweb --files 'books/*.parquet'  preparation of token shards, from your documents ten times over
+    python bench.py                    all benchmarks
+    python bench.py small 124M         training: tokens per second
+    python bench.py memory generate    GPT-2 124M: peak memory of training, tokens per second of generation
+    python bench.py optimizer          what Muon adds to a step of small
 
 Nothing else should run meanwhile. The last variant of a benchmark is its baseline. All variants have random weights and
 the fastest precision of the device.
@@ -19,31 +18,28 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
-import fineweb
-import hellaswag
 import train_gpt2
 from model import GPT, GPTConfig, sample
 from recipe import PRESETS, TrainConfig
 from runtime.device import choose_device, choose_dtype, peak_memory, tune_malloc
 from runtime.files import write_atomically
-from runtime.options import input_file, option, output_file, parse_options
-from tokens import END_OF_TEXT, VOCAB_SIZE, gpt2_encoding
+from runtime.options import option, output_file, parse_options
+from tokens import END_OF_TEXT, VOCAB_SIZE
 
-ROOT = Path(__file__).resolve().parent
 SCRIPT = __file__  # what a child runs
+TEXT = Path(__file__).resolve().parent / "input.txt"
+SHAPES = {"small": ("small", 8), "124M": ("gpt2", 2), "memory": ("gpt2", 4), "optimizer": ("small", 32)}
+GPT2 = GPTConfig()  # 124M, which generates
 
 
 def seconds(work: Callable, *args) -> float:
@@ -53,11 +49,15 @@ def seconds(work: Callable, *args) -> float:
     return time.perf_counter() - started
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Training: tokens per second, and the peak of memory in GB, of steps of one micro-batch
+def autocast(args: "Options") -> torch.autocast:
+    return torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32)
 
-SHAPES = {"small": ("small", 8), "124M": ("gpt2", 2), "memory": ("gpt2", 4), "optimizer": ("small", 32)}
-GPT2 = GPTConfig()  # 124M, which generates and is evaluated
+
+def transformers_model(config: GPTConfig) -> torch.nn.Module:
+    """Return transformers' GPT-2 of this shape, with random weights, SDPA and no dropout."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(**config.to_hf(), attn_implementation="sdpa"))
 
 
 def shape_of(name: str) -> tuple[int, GPTConfig]:
@@ -67,13 +67,13 @@ def shape_of(name: str) -> tuple[int, GPTConfig]:
     return B, GPTConfig(block_size=c.seq_len, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
 
 
-def train(args: "Options", name: str, compiled: bool = True, tuned: bool = True, optimizer: str = "adamw") -> float:
-    """Run four steps of train_gpt2.py itself, as a dry run; return tokens per second, or for memory the peak in GB."""
-    preset, (B, shape) = SHAPES[name][0], shape_of(name)
+def train(args: "Options", name: str, compile: str = "on", tuned: bool = True, optimizer: str = "adamw") -> float:
+    """Take four steps of train_gpt2.py itself, as a dry run; return tokens per second, or for memory the peak in GB."""
+    B, shape = shape_of(name)
     if not tuned:
         train_gpt2.tune_malloc = lambda: None
-    flags = dict(preset=preset, micro_batch_size=B, total_batch_size=B * shape.block_size, data=ROOT / "input.txt")
-    flags |= dict(device=args.device.type, compile="on" if compiled else "off", optimizer=optimizer)
+    flags = dict(preset=SHAPES[name][0], micro_batch_size=B, total_batch_size=B * shape.block_size, data=TEXT)
+    flags |= dict(device=args.device.type, compile=compile, optimizer=optimizer)
     with contextlib.redirect_stdout(io.StringIO()) as output:
         assert train_gpt2.main(["--dry_run", *(f"--{key}={value}" for key, value in flags.items())]) == 0
     if name == "memory":
@@ -104,25 +104,12 @@ def measure_loop(args: "Options", name: str, loss_of: Callable, optimizer: torch
     return B * shape.block_size / median_seconds
 
 
-def autocast(args: "Options") -> torch.autocast:
-    return torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32)
-
-
-def transformers_model(config: GPTConfig) -> torch.nn.Module:
-    """Return transformers' GPT-2 of this shape, with random weights, SDPA and no dropout."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(GPT2Config(**config.to_hf(), attn_implementation="sdpa"))
-
-
 def train_transformers(args: "Options", name: str) -> float:
     """Train transformers' GPT-2, eager with autocast, with the default AdamW and the default allocator."""
     model = transformers_model(shape_of(name)[1]).to(args.device).train()
-
-    def loss_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
-
-    return measure_loop(args, name, loss_of, torch.optim.AdamW(model.parameters(), lr=6e-4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4)
+    cross_entropy = torch.nn.functional.cross_entropy
+    return measure_loop(args, name, lambda x, y: cross_entropy(model(x).logits.flatten(0, 1), y.flatten()), optimizer)
 
 
 def train_build_nanogpt(args: "Options", name: str) -> float:
@@ -149,151 +136,60 @@ def multiply(args: "Options", name: str) -> float:
     return 2 * n**3 / median(durations[2:]) / flops_per_token
 
 
-CEILING = "matrix products alone"
-
-
-def training(name: str) -> dict[str, Callable]:
-    """Return the variants of a training benchmark."""
-    return {
-        "train_gpt2.py": partial(train, name=name),
-        "… uncompiled": partial(train, name=name, compiled=False),
-        "… and with the default allocator": partial(train, name=name, compiled=False, tuned=False),
-        CEILING: partial(multiply, name=name),
-        "build-nanogpt": partial(train_build_nanogpt, name=name),
-        "transformers, eager baseline": partial(train_transformers, name=name),
-    }
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Generation: new tokens per second of GPT-2 124M, four sequences of 32 tokens continued by 64
-
-
-def generate(args: "Options", how: str, dtype: torch.dtype | None = None) -> float:
+def time_generation(args: "Options", generate: Callable[[torch.Tensor, int], torch.Tensor]) -> float:
+    """Return new tokens per second, four sequences at once: generate(idx, n) continues idx (4, 32) to (4, 32 + n)."""
     idx = torch.randint(VOCAB_SIZE, (4, 32), device=args.device)
-
-    def loop(n: int) -> torch.Tensor:
-        """Compute the whole sequence again for each token, as build-nanogpt does."""
-        tokens = idx
-        for _ in range(n):
-            with torch.no_grad(), autocast(args):
-                logits = model(tokens)[0][:, -1]
-            tokens = torch.cat((tokens, sample(logits, top_k=50)[:, None]), dim=1)
-        return tokens
-
-    if how == "transformers":
-        model = transformers_model(GPT2).eval().to(args.device, dtype)
-        options = dict(do_sample=True, top_k=50, pad_token_id=END_OF_TEXT)
-        run = lambda n: model.generate(idx, max_new_tokens=n, min_new_tokens=n, **options)  # noqa: E731
-    else:
-        model = GPT(GPT2).eval().to(args.device)
-        run = loop
-        if how == "ours":
-            tune_malloc()
-            model.to(args.dtype)
-            run = lambda n: model.generate(idx, n, top_k=50)  # noqa: E731
-    run(8)  # warm up
-    return 4 * 64 / seconds(lambda: run(64)[0, -1].item())
+    generate(idx, 8)  # warm up
+    return 4 * 64 / seconds(lambda: generate(idx, 64)[0, -1].item())
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Preparing shards: tokens per second, from parquet files to files of tokens
+def generate(args: "Options", name: str) -> float:
+    tune_malloc()
+    model = GPT(GPT2).eval().to(args.device, args.dtype)
+    return time_generation(args, partial(model.generate, top_k=50))
 
 
-SHARD_SIZE = 100_000_000  # tokens
+def generate_transformers(args: "Options", name: str, dtype: torch.dtype) -> float:
+    model = transformers_model(GPT2).eval().to(args.device, dtype)
+    options = dict(do_sample=True, top_k=50, pad_token_id=END_OF_TEXT)
+    return time_generation(args, lambda idx, n: model.generate(idx, max_new_tokens=n, min_new_tokens=n, **options))
 
 
-def prepare(args: "Options", gigatoken: bool) -> float:
-    """Run fineweb.py with two threads."""
-    if not gigatoken:
-        fineweb.find_spec = lambda name: None
-    with tempfile.TemporaryDirectory() as directory:
-        flags = f"--out_dir={directory} --num_proc=2 --shard_size={SHARD_SIZE} --files".split()
-        duration = seconds(fineweb.main, [*flags, *map(str, args.files * 10)])
-        manifest = json.loads((Path(directory) / "manifest.json").read_text())
-    return sum(shard["tokens"] for shard in manifest["shards"]) / duration
-
-
-def tokenize(text: str) -> np.ndarray:
-    return np.array([END_OF_TEXT] + gpt2_encoding().encode_ordinary(text)).astype(np.uint16)
-
-
-def prepare_with_pool(args: "Options") -> float:
-    """Tokenize a document at a time in a pool of two processes, as the known scripts do."""
-    import multiprocessing
-
-    import pyarrow.parquet as pq
-
-    def documents() -> Iterator[str]:
-        for path in args.files * 10:
-            for batch in pq.ParquetFile(path).iter_batches(columns=["text"]):
-                yield from batch.column(0).to_pylist()
-
-    parts, n, total, shards = [], 0, 0, 0
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as directory, multiprocessing.Pool(2) as pool:
-        for tokens in pool.imap(tokenize, documents(), chunksize=16):
-            parts.append(tokens)
-            n, total = n + len(tokens), total + len(tokens)
-            if n >= SHARD_SIZE:
-                np.save(Path(directory) / f"{shards}.npy", np.concatenate(parts))
-                parts, n, shards = [], 0, shards + 1
-        np.save(Path(directory) / f"{shards}.npy", np.concatenate(parts))
-        return total / (time.perf_counter() - started)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# HellaSwag: examples per second of GPT-2 124M, tokenized beforehand
-
-
-def evaluate(args: "Options", one_at_a_time: bool) -> float:
-    examples = hellaswag.read_examples(args.data, hellaswag.render_nanogpt)[::100]
-    torch.manual_seed(0)
+def generate_without_cache(args: "Options", name: str) -> float:
+    """Compute the whole sequence again for each token, as build-nanogpt does."""
     model = GPT(GPT2).eval().to(args.device)
 
-    def score_one_at_a_time(examples: list[hellaswag.Example]) -> None:
-        """Compute all logits of four padded sequences per example, under autocast, as build-nanogpt does."""
-        for e in examples:
-            rows = [torch.tensor(e.context + ending) for ending in e.endings]
-            tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(args.device)
+    def loop(idx: torch.Tensor, n: int) -> torch.Tensor:
+        for _ in range(n):
             with torch.no_grad(), autocast(args):
-                logits = model(tokens)[0][:, :-1]
-            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(4, -1)
-            sums = [loss[i, len(e.context) - 1 : len(row) - 1].sum() for i, row in enumerate(rows)]
-            torch.stack(sums).argmin().item()
+                logits = model(idx)[0][:, -1]
+            idx = torch.cat((idx, sample(logits, top_k=50)[:, None]), dim=1)
+        return idx
 
-    if one_at_a_time:
-        work = score_one_at_a_time
-    else:
-        tune_malloc()  # as the script does
-        model.to(args.dtype)
-        work = lambda examples: hellaswag.score(model, examples, 1024)  # noqa: E731
-    work(examples[:8])  # warm up
-    return len(examples) / seconds(work, examples)
+    return time_generation(args, loop)
 
 
-UNITS = {"memory": "GB", "hellaswag": "examples/s"}  # of the others, tokens/s
+CEILING, PEER = "matrix products alone", "build-nanogpt"
+TRAINING = {
+    "train_gpt2.py": train,
+    "… uncompiled": partial(train, compile="off"),
+    "… and with the default allocator": partial(train, compile="off", tuned=False),
+    CEILING: multiply,
+    PEER: train_build_nanogpt,
+    "transformers, eager baseline": train_transformers,
+}
+GENERATION = {
+    "GPT.generate": generate,
+    "transformers.generate, float32": partial(generate_transformers, dtype=torch.float32),
+    "transformers.generate, bfloat16": partial(generate_transformers, dtype=torch.bfloat16),
+    "without a cache": generate_without_cache,
+}
 BENCHMARKS = {
-    "small": training("small"),
-    "124M": training("124M"),
-    "memory": {variant: measure for variant, measure in training("memory").items() if variant != CEILING},
-    "generate": {
-        "GPT.generate": partial(generate, how="ours"),
-        "transformers.generate, float32": partial(generate, how="transformers", dtype=torch.float32),
-        "transformers.generate, bfloat16": partial(generate, how="transformers", dtype=torch.bfloat16),
-        "without a cache": partial(generate, how="loop"),
-    },
-    "fineweb": {
-        "fineweb.py with gigatoken": partial(prepare, gigatoken=True),
-        "fineweb.py with tiktoken": partial(prepare, gigatoken=False),
-        "a document at a time, Pool(2)": prepare_with_pool,
-    },
-    "hellaswag": {
-        "hellaswag.py": partial(evaluate, one_at_a_time=False),
-        "an example at a time": partial(evaluate, one_at_a_time=True),
-    },
-    "optimizer": {
-        f"--optimizer {which}": partial(train, name="optimizer", optimizer=which) for which in ("muon", "adamw")
-    },
+    "small": TRAINING,
+    "124M": TRAINING,
+    "memory": {variant: measure for variant, measure in TRAINING.items() if variant != CEILING},
+    "generate": GENERATION,
+    "optimizer": {f"--optimizer {which}": partial(train, optimizer=which) for which in ("muon", "adamw")},
 }
 
 
@@ -301,8 +197,6 @@ BENCHMARKS = {
 class Options:
     names: tuple[str, ...] = option((), f"some of {', '.join(BENCHMARKS)}", positional=True, metavar="NAME")
     repeats: int = option(5, "number of runs of each variant", low=1, high=1000, metavar="N")
-    files: tuple[str, ...] = option((), "parquet files for fineweb, with a column text", metavar="FILE")
-    data: Path | None = option(None, "HellaSwag file (default: as hellaswag.py)", type=input_file, metavar="FILE")
     peer: Path | None = option(None, "a checkout of karpathy/build-nanogpt to measure, too", metavar="DIR")
     device: str | torch.device = option("auto", "cpu, cuda, or auto for the fastest", metavar="DEVICE")
     json: Path | None = option(None, "write all figures to this file", type=output_file, metavar="FILE")
@@ -315,23 +209,16 @@ class Options:
 
 
 def parse_arguments(argv: list[str] | None) -> Options:
-    """Return the options, with files, device and the names of the benchmarks found. Raise UserError."""
+    """Return the options, with the device and the names of the benchmarks found. Raise UserError."""
     args = Options(**parse_options(Options, argv, __doc__))
-    names = args.names or [name for name in BENCHMARKS if args.files or name != "fineweb"]
+    names = args.names or tuple(BENCHMARKS)
     if unknown := [name for name in names if name not in BENCHMARKS]:
         raise UserError(f"{', '.join(unknown)}: no such benchmark; there are {', '.join(BENCHMARKS)}")
-    if "fineweb" in names and not args.files:
-        raise UserError("fineweb: needs documents, --files")
-    files = fineweb.expand(args.files)
-    if other := [path for path in files if path.suffix != ".parquet"]:
-        raise UserError(f"--files {other[0]}: is not a .parquet file")
     if args.peer and not os.path.isfile(args.peer / "train_gpt2.py"):
         raise UserError(f"--peer {args.peer}: there is no train_gpt2.py in it")
     if args.variant and args.variant not in BENCHMARKS[names[0]]:
         raise UserError(f"--variant {args.variant}: no such variant of {names[0]}")
-    device = torch.device(choose_device(args.device))
-    data = args.data or (hellaswag.find_file() if "hellaswag" in names else None)
-    return replace(args, names=names, files=files, data=data, device=device)
+    return replace(args, names=names, device=torch.device(choose_device(args.device)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -339,34 +226,29 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     if args.variant:
         torch.manual_seed(0)
-        print("figure", BENCHMARKS[args.names[0]][args.variant](args))
+        print("figure", BENCHMARKS[args.names[0]][args.variant](args, args.names[0]))
         return 0
     print(f"{args.device}, {torch.get_num_threads()} threads, {args.dtype}, torch {torch.__version__}", flush=True)
-    figures = {}
+    figures = dict(device=str(args.device), dtype=str(args.dtype), torch=torch.__version__)
     for name in args.names:
-        runs: dict[str, list[float]] = {v: [] for v in BENCHMARKS[name] if args.peer or v != "build-nanogpt"}
-        with tqdm(total=args.repeats * len(runs), leave=False, disable=None) as bar:  # on a terminal
-            for variant in [*runs] * args.repeats:
-                bar.set_description(f"{name}: {variant}")
-                runs[variant].append(measure_in_child(args, name, variant))
-                bar.update()
-        unit = UNITS.get(name, "tokens/s")
+        runs: dict[str, list[float]] = {variant: [] for variant in BENCHMARKS[name] if args.peer or variant != PEER}
+        for variant in tqdm([*runs] * args.repeats, desc=name, leave=False, disable=None):  # on a terminal
+            runs[variant].append(measure_in_child(args, name, variant))
+        unit = "GB" if name == "memory" else "tokens/s"
         print_table(name, unit, runs)
         figures[name] = dict(unit=unit, runs=runs)
     if args.json:
-        about = dict(device=str(args.device), dtype=str(args.dtype), torch=torch.__version__)
         with write_atomically(args.json) as f:
-            f.write((json.dumps(about | figures, indent=1) + "\n").encode())
+            f.write((json.dumps(figures, indent=1) + "\n").encode())
     return 0
 
 
-def measure_in_child(args: "Options", name: str, variant: str) -> float:
+def measure_in_child(args: Options, name: str, variant: str) -> float:
     """Run a variant once, in a process of its own, and return its figure. Raise UserError."""
-    options = dict(variant=[variant], device=[args.device], files=args.files, data=[args.data], peer=[args.peer])
-    line = [[f"--{key}", *map(str, value)] for key, value in options.items() if any(value)]
-    done = subprocess.run(
-        [sys.executable, SCRIPT, name, *sum(line, [])], capture_output=True, text=True, errors="replace"
-    )
+    line = [sys.executable, SCRIPT, name, "--variant", variant, "--device", str(args.device)]
+    if args.peer:
+        line += ["--peer", str(args.peer)]
+    done = subprocess.run(line, capture_output=True, text=True, errors="replace")
     if done.returncode:
         reason = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise UserError(f"{name}, {variant}: {reason[-1]}", 1)

@@ -7,23 +7,17 @@ import re
 from argparse import Namespace
 from statistics import median
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 
 import bench
-import fineweb
 import train_gpt2
 from conftest import ROOT, run
 from model import GPTConfig
 
-RECORDS = ROOT / "tests/data/hellaswag_100.jsonl"
-
 # A network small enough for a test, here and in the children.
 SHRINK = """
 bench.SHAPES = dict.fromkeys(bench.SHAPES, ("small", 2))
-bench.SHARD_SIZE = 1000
 bench.GPT2 = GPTConfig(block_size=512, n_layer=1, n_head=1, n_embd=16)
 train_gpt2.PRESETS["small"] |= dict(n_layer=1, n_head=1, n_embd=16, seq_len=16)
 """
@@ -35,7 +29,7 @@ import bench, train_gpt2
 from model import GPTConfig
 {SHRINK}
 bench.SCRIPT = __file__
-del bench.BENCHMARKS["hellaswag"]["an example at a time"]
+bench.BENCHMARKS["generate"] = {{"GPT.generate": bench.generate}}
 if __name__ == "__main__":
     sys.exit(run_script(bench.main))
 """
@@ -77,13 +71,7 @@ raise SystemExit("the data is not there")
 @pytest.fixture
 def small(monkeypatch):
     """Every network is small, and what a variant changes is restored."""
-    for module, name in (
-        (bench, "SHAPES"),
-        (bench, "SHARD_SIZE"),
-        (bench, "GPT2"),
-        (train_gpt2, "tune_malloc"),
-        (fineweb, "find_spec"),
-    ):
+    for module, name in (bench, "SHAPES"), (bench, "GPT2"), (train_gpt2, "tune_malloc"):
         monkeypatch.setattr(module, name, getattr(module, name))
     monkeypatch.setitem(train_gpt2.PRESETS, "small", dict(train_gpt2.PRESETS["small"]))
     exec(SHRINK, dict(bench=bench, train_gpt2=train_gpt2, GPTConfig=GPTConfig))
@@ -93,41 +81,27 @@ def small(monkeypatch):
 def args(tmp_path):
     """What the variants are called with."""
     (tmp_path / "train_gpt2.py").write_text(PEER)
-    documents = pyarrow.table(dict(text=["First Citizen: Before we proceed any further, hear me speak."] * 20))
-    pyarrow.parquet.write_table(documents, tmp_path / "documents.parquet")
-    return Namespace(
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        data=RECORDS,
-        files=[tmp_path / "documents.parquet"],
-        peer=tmp_path,
-    )
+    return Namespace(device=torch.device("cpu"), dtype=torch.float32, peer=tmp_path)
 
 
-UNTRIED = {  # compiled, of large matrices, or another variant's function
-    "train_gpt2.py",
-    bench.CEILING,
-    "transformers.generate, bfloat16",
-    "hellaswag.py",
-    *bench.BENCHMARKS["optimizer"],
-}
-VARIANTS = [(name, v) for name in ("small", "generate", "fineweb", "hellaswag") for v in bench.BENCHMARKS[name]]
+UNTRIED = {"train_gpt2.py", bench.CEILING, "transformers.generate, bfloat16"}  # compiled, large, or tried in float32
+VARIANTS = [(name, variant) for name in ("small", "memory", "generate") for variant in bench.BENCHMARKS[name]]
 
 
 @pytest.mark.parametrize("name, variant", [(name, v) for name, v in VARIANTS if v not in UNTRIED])
 def test_variant_gives_a_figure(small, args, name, variant):
-    assert bench.BENCHMARKS[name][variant](args) > 0
+    assert bench.BENCHMARKS[name][variant](args, name) > 0
 
 
 def test_script_measures_in_children(tmp_path):
     script = tmp_path / "bench.py"
     script.write_text(SCRIPT)
-    flags = "hellaswag", "--repeats", 1, "--data", RECORDS, "--device", "cpu", "--json", tmp_path / "figures.json"
+    flags = "generate", "--repeats", 1, "--device", "cpu", "--json", tmp_path / "figures.json"
     lines = run(script, *flags).stdout.splitlines()
     assert re.fullmatch(r"cpu, 1 threads, torch\.\w+, torch \S+", lines[0])
-    assert lines[1:3] == ["", "hellaswag (examples/s)"] and len(lines) == 4
-    figures = json.loads((tmp_path / "figures.json").read_text())["hellaswag"]
-    assert figures["unit"] == "examples/s" and [*figures["runs"]] == ["hellaswag.py"]
+    assert lines[1:3] == ["", "generate (tokens/s)"] and len(lines) == 4
+    figures = json.loads((tmp_path / "figures.json").read_text())["generate"]
+    assert figures["unit"] == "tokens/s" and [*figures["runs"]] == ["GPT.generate"]
     assert all(len(values) == 1 and values[0] > 0 for values in figures["runs"].values())
 
 
@@ -166,12 +140,12 @@ def test_table_shows_the_fraction_of_the_matrix_rate(monkeypatch, capsys):
 
 
 def test_json_holds_every_figure(monkeypatch, tmp_path):
-    figures = {"hellaswag.py": [3.0, 4.0], "an example at a time": [1.0, 2.0]}
+    figures = {"--optimizer muon": [3.0, 4.0], "--optimizer adamw": [1.0, 2.0]}
     fake(monkeypatch, figures)
-    flags = "hellaswag", "--repeats", 2, "--device", "cpu", "--data", RECORDS, "--json", tmp_path / "x.json"
+    flags = "optimizer", "--repeats", 2, "--device", "cpu", "--json", tmp_path / "x.json"
     assert run_script(bench.main, [*map(str, flags)]) == 0
     written = json.loads((tmp_path / "x.json").read_text())
-    assert written["hellaswag"] == dict(unit="examples/s", runs=figures) and written["device"] == "cpu"
+    assert written["optimizer"] == dict(unit="tokens/s", runs=figures) and written["device"] == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -195,16 +169,10 @@ def test_child_that_fails_is_one_line(tmp_path, monkeypatch, capsys, child, reas
     [
         ("nonsense", "nonsense: no such benchmark; there are small, 124M"),
         ("small nonsense", "nonsense: no such benchmark"),
-        ("fineweb", "fineweb: needs documents, --files"),
         ("small --variant nonsense", "--variant nonsense: no such variant of small"),
         ("--device foo", "--device foo: PyTorch finds no such device here"),
         ("--repeats 0", "--repeats 0: must be from 1 to 1000"),
         ("--repeats 1e3", "--repeats: invalid int value: '1e3'"),
-        ("--files nowhere", "--files nowhere: no such file"),
-        ("--files .", "--files .: "),
-        ("--files text.txt", "--files text.txt: is not a .parquet file"),
-        ("--data nowhere", "--data: no such file: nowhere"),
-        ("--data .", "--data: no such file: ."),
         ("--peer nowhere", "--peer nowhere: there is no train_gpt2.py in it"),
         ("--json nowhere/x", "--json: cannot write nowhere/x: No such file or directory"),
         ("--json .", "--json: cannot write .: it is a directory"),

@@ -26,7 +26,7 @@ SCRIPTS = {
         "--model_type model --data records.jsonl --batch_tokens 1",
     ),
     "plot.py": ("größe☃ --out größe☃.png", 0, "--check größe☃"),
-    "bench.py": ("größe☃", 2, "hellaswag --data records.jsonl --device cpu"),
+    "bench.py": ("größe☃", 2, "generate --device cpu"),
 }
 
 
