@@ -114,16 +114,17 @@ def shard_paths(directory: Path, split: str) -> list[Path]:
 
 def read_manifest(directory: Path) -> dict:
     """Return a directory's manifest.json. Raise ShardError if it is not one that fineweb.py has written."""
-    path = directory / "manifest.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
         check_types(manifest, source=dict, shards=list, documents=int, complete=bool)
         for shard in manifest["shards"]:
             check_types(shard, name=str, tokens=int, sha256=str)
             if not is_shard_name(shard["name"]):
                 raise ValueError(f"{shard['name']!r} is not the name of a shard")
+        if manifest["shards"] and not manifest["complete"]:
+            check_types(manifest.get("cursor"), file=int, document=int, tokens=int)
     except (OSError, ValueError, RecursionError) as e:
-        raise ShardError(f"{path}: cannot be read as a manifest ({first_line(e)})") from None
+        raise ShardError(f"{directory / 'manifest.json'}: cannot be read as a manifest ({first_line(e)})") from None
     return manifest
 
 
@@ -145,13 +146,16 @@ def write_manifest(directory: Path, manifest: dict) -> None:
         f.write((json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
 
 
-def check_manifest(directory: Path, tokens: dict[str, int]) -> None:
-    """Compare a directory's shards, by name their number of tokens, with its manifest.json. Raise ShardError."""
+def check_manifest(directory: Path, found: dict, key: str = "tokens") -> None:
+    """Compare shards, by name their tokens or sha256, with manifest.json. Raise ShardError naming all that differs."""
     manifest = read_manifest(directory)
     if not manifest["complete"]:
         raise ShardError(f"{directory}: not all of its shards are written yet: give the command again that began it")
-    expected = {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
-    for name in sorted(expected.keys() | tokens.keys()):
-        if expected.get(name) != tokens.get(name):
-            has, says = (f"{n[name]:,} tokens" if name in n else "no such shard" for n in (tokens, expected))
-            raise ShardError(f"{directory / name}: {has} there, but manifest.json says {says}; see fineweb.py --verify")
+    expected = {shard["name"]: shard[key] for shard in manifest["shards"]}
+    wrong = []
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            has, says = (f"{key} {n[name]}" if name in n else "no such shard" for n in (found, expected))
+            wrong.append(f"{name}: {has} there, but manifest.json says {says}")
+    if wrong:
+        raise ShardError(f"{directory}: {'; '.join(wrong)}; restore the files that differ")
