@@ -6,25 +6,16 @@ import sys
 from collections.abc import Callable
 
 # Errors of the system that come from a wrong name or permission. All others are of the disk or the network.
-USAGE_ERRORS = {
-    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG,
-    errno.ELOOP,
-}  # fmt: skip
+USAGE_ERRORS = "ENOENT ENOTDIR EISDIR EEXIST EACCES EPERM EROFS ENAMETOOLONG ELOOP".split()
 
 
 class UserError(Exception):
-    """An error that a user can mend; its message names the file or flag, what was found and what to do.
-
-    Exit status: 2 for usage or data, 3 for a loss that is not finite, 4 for disk or network.
-    """
+    """An error that a user can mend; its message names the file or flag, what was found and what to do."""
 
     def __init__(self, message: str, status: int = 2, agreed: bool = False):
-        super().__init__(message, status)  # both, so that pickle can send it to other ranks
-        self.status = status
+        super().__init__(message)
+        self.status = status  # 2 for usage or data, 3 for a loss that is not finite, 4 for disk or network
         self.agreed = agreed  # whether every rank of a run raises it
-
-    def __str__(self) -> str:
-        return self.args[0]
 
     @classmethod
     def from_error(cls, e: Exception) -> "UserError":
@@ -32,7 +23,7 @@ class UserError(Exception):
         if isinstance(e, cls):
             return e
         message = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else first_line(e)
-        return cls(message, 2 if e.errno in USAGE_ERRORS else 4)
+        return cls(message, 2 if errno.errorcode.get(e.errno) in USAGE_ERRORS else 4)
 
 
 def first_line(e: Exception) -> str:
@@ -81,16 +72,6 @@ def silence(fd: int) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
 
-def open_standard_streams() -> None:
-    """Open /dev/null in place of standard streams that are closed, so that no file of a run gets their number."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(fd)
-    sys.stdin = sys.stdin or open(0, closefd=False)
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)
-
-
 def exit_if_interrupted(kind: type[BaseException], value: BaseException, traceback) -> None:
     """End without a traceback at a Ctrl-C outside of run_script: while a script imports torch."""
     if issubclass(kind, KeyboardInterrupt):
@@ -99,5 +80,10 @@ def exit_if_interrupted(kind: type[BaseException], value: BaseException, traceba
 
 
 # Every script imports this module before any other, so this is in force while it imports the rest.
-open_standard_streams()
 sys.excepthook = exit_if_interrupted
+while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # for standard streams that are closed: no file gets their number
+    pass
+os.close(fd)
+sys.stdin = sys.stdin or open(0, closefd=False)
+sys.stdout = sys.stdout or open(1, "w", closefd=False)
+sys.stderr = sys.stderr or open(2, "w", closefd=False)
