@@ -200,7 +200,7 @@ class Options:
     peer: Path | None = option(None, "a checkout of karpathy/build-nanogpt to measure, too", metavar="DIR")
     device: str | torch.device = option("auto", "cpu, cuda, or auto for the fastest", metavar="DEVICE")
     json: Path | None = option(None, "write all figures to this file", type=output_file, metavar="FILE")
-    variant: str | None = option(None, "in a child process: run this variant once and print its figure", hidden=True)
+    variant: str | None = option(None, "in a child process: run this variant once and print its figure")
 
     @property
     def dtype(self) -> torch.dtype:

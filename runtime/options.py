@@ -13,10 +13,8 @@ from typing import get_args, get_origin
 def option(default, help: str, **metadata):
     """Declare an option: its default and help, and as metadata what is allowed.
 
-    low, high: bounds of a number (default: 0 and 2**40); choices: the allowed values; type: a function that converts
-    and checks the text; metavar: the value's name in the help; const: the value of the option without one; aliases:
-    further names; positional: whether it is typed without a name; empty: whether a text may be empty; hidden: whether
-    --help omits it.
+    low, high: bounds of a number (default: 0 and 2**40); empty: whether a text may be empty; aliases: further names;
+    positional: whether it has no name; const: its value if only the name is typed; type, choices, metavar: argparse's.
     """
     return field(default=default, metadata=dict(metadata, help=help))
 
@@ -25,7 +23,7 @@ class Parser(argparse.ArgumentParser):
     """argparse's parser, with errors for run_script."""
 
     def error(self, message: str) -> None:
-        raise UserError(f"{message}; see --help")
+        raise UserError(message.removeprefix("argument "))
 
     def print_help(self, file=None) -> None:
         print(self.format_help(), end="", flush=True)  # argparse's own ignores that stdout is full
@@ -33,56 +31,37 @@ class Parser(argparse.ArgumentParser):
 
 def parse_options(cls, argv: list[str] | None, description: str, epilog: str = "") -> dict:
     """Return the options that were typed, by name. Raise UserError for unknown options and for values out of bounds."""
-    parser = Parser(
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+    parser = Parser(description=description, epilog=epilog, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for f in fields(cls):
         add_option(parser, f)
-    try:
-        namespace, unknown = parser.parse_known_args(argv)
-    except argparse.ArgumentError as e:
-        raise UserError(str(e).removeprefix("argument ")) from None
+    namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [f"--{f.name}" for f in fields(cls) if not f.metadata.get("positional")]
         close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else "see --help"
         raise UserError(f"{unknown[0]}: there is no such option; {hint}")
-    flags = vars(namespace)
-    check_values(cls, flags)
-    return flags
+    check_values(cls, vars(namespace))
+    return vars(namespace)
 
 
 def add_option(parser: argparse.ArgumentParser, f) -> None:
     """Add the option of a dataclass field to the parser."""
-    kind = f.metadata.get("type", value_type(f))
-    names = [f"--{f.name}", *f.metadata.get("aliases", ())]
+    kind, positional = value_type(f), f.metadata.get("positional")
+    names = [f.name] if positional else [f"--{f.name}", *f.metadata.get("aliases", ())]
     text = f.metadata["help"]
-    if f.default not in (None, False) and not isinstance(f.default, tuple):
+    if f.default and not isinstance(f.default, tuple):
         text += f" (default: {f.default})"
-    settings = dict(help=argparse.SUPPRESS if f.metadata.get("hidden") else text.replace("%", "%%"))
+    settings = {key: f.metadata[key] for key in ("type", "choices", "metavar", "const") if key in f.metadata}
     if kind is bool:
-        action = argparse.BooleanOptionalAction if f.default else "store_true"
-        parser.add_argument(*names, action=action, **settings)
-        return
-    settings["type"] = path if kind is Path else kind
-    if "choices" in f.metadata:
-        settings["choices"] = f.metadata["choices"]
+        settings["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
     else:
-        settings["metavar"] = f.metadata.get("metavar", value_type(f).__name__.upper())
-    if "const" in f.metadata:
-        settings |= dict(nargs="?", const=f.metadata["const"])
+        metavar = None if "choices" in settings else kind.__name__.upper()  # argparse lists choices itself
+        nargs = "?" if "const" in settings else None
+        settings = dict(type=path if kind is Path else kind, metavar=metavar, nargs=nargs) | settings
     if get_origin(f.type) is tuple:
-        settings["nargs"] = "*" if f.metadata.get("positional") else "+"
-    if f.metadata.get("positional"):
-        names = [f.name]
-    else:
-        settings["dest"] = f.name
-    parser.add_argument(*names, **settings)
+        settings["nargs"] = "*" if positional else "+"
+    parser.add_argument(*names, help=text.replace("%", "%%"), **settings)
 
 
 def value_type(f) -> type:
@@ -94,11 +73,11 @@ def check_values(cls, values: dict) -> None:
     """Raise UserError if one of these values is not what its option allows."""
     for f in fields(cls):
         value, kind = values.get(f.name), value_type(f)
-        expected = float | int if kind is float else kind
-        if value is not None and get_origin(f.type) is not tuple and not isinstance(value, expected):
-            raise UserError(f"--{f.name} {value!r}: must be of type {kind.__name__}")
-        if value is not None and value not in f.metadata.get("choices", (value,)):
-            raise UserError(f"--{f.name} {value!r}: must be one of {', '.join(f.metadata['choices'])}")
+        if value is None or get_origin(f.type) is tuple:
+            continue
+        choices = f.metadata.get("choices", ())
+        if not isinstance(value, float | int if kind is float else kind) or (choices and value not in choices):
+            raise UserError(f"--{f.name} {value!r}: must be {' or '.join(choices) or kind.__name__}")
         low, high = f.metadata.get("low", 0), f.metadata.get("high", 2**40)
         if isinstance(value, int | float) and not low <= value <= high:  # NaN is not, either
             raise UserError(f"--{f.name} {value}: must be from {low:g} to {high:g}")
@@ -125,9 +104,8 @@ def output_file(name: str) -> Path:
     try:
         open(name, "xb").close()
         os.unlink(name)
-    except FileExistsError:
-        if os.path.isdir(name):
-            raise argparse.ArgumentTypeError(f"cannot write {name}: it is a directory") from None
     except OSError as e:
-        raise argparse.ArgumentTypeError(f"cannot write {name}: {e.strerror}") from None
+        if os.path.isdir(name) or not isinstance(e, FileExistsError):
+            reason = "it is a directory" if os.path.isdir(name) else e.strerror
+            raise argparse.ArgumentTypeError(f"cannot write {name}: {reason}") from None
     return Path(name)
