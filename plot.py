@@ -9,12 +9,8 @@ from errors import UserError, run_script
 
 import csv
 import json
-import math
 import sys
-from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -22,53 +18,46 @@ import numpy as np
 from runtime.files import write_atomically
 from runtime.options import option, output_file, parse_options
 
-# Published results: validation loss on FineWeb-Edu, and HellaSwag, both as build-nanogpt measures them.
-GPT2_LOSS = {"GPT-2 124M": 3.2924}
-HELLASWAG = {"GPT-2 124M": 29.55, "GPT-3 124M": 33.7}  # per cent
-
 # Okabe and Ito's (2008) colors, told apart by the color-blind, darkest first; the lines of other models are gray.
 COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
+TOKENS = {1e9: "tokens (billions)", 1e6: "tokens (millions)", 1e3: "tokens (thousands)", 1: "tokens"}
+TIME = {86400: "days of training", 3600: "hours of training", 60: "minutes of training", 1: "seconds of training"}
 
-# Reference logs, several seeds of a recipe in RECIPE/seed-N/. A run is compared with those of the same SHAPE. The
-# IMMATERIAL options may differ: they change the loss by no more than a seed does.
+# Reference logs, several seeds of a recipe in RECIPE/seed-N/. A run is compared with those of the same SHAPE.
 REFERENCE = Path(__file__).resolve().parent / "assets" / "reference"
-SHAPE = "n_layer", "n_head", "n_embd", "seq_len", "total_batch_size"
-IMMATERIAL = {
-    "preset", "data", "log_dir", "resume", "micro_batch_size", "seed", "device", "dtype", "compile", "eval_every",
-    "hellaswag_every", "sample_every", "save_every", "keep", "wandb", "dist_timeout", "dry_run",
-}  # fmt: skip
+SHAPE = "n_layer", "n_head", "n_embd", "seq_len", "total_batch_size", "train_tokens"
 COLUMNS = "step", "tokens", "loss", "lr", "norm", "seconds"
 BLOCK = 10  # number of steps whose training losses, of one batch each, are averaged
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has logged: columns of steps.csv, evaluations as {"val" or "hella": (steps, values)}, and run.json."""
+    """What a run has logged: columns of steps.csv, evaluations as {"val" or "hella": {step: value}}, and run.json."""
 
     name: str
     columns: dict[str, list[float]]  # by COLUMNS
-    results: dict[str, tuple[list[int], list[float]]]
-    config: dict
-    train_tokens: int | None = None
+    results: dict[str, dict[int, float]]
+    config: dict  # with train_tokens
 
     @classmethod
     def read(cls, log_dir: Path) -> "Run":
         """Read the logs of a run. Raise UserError."""
         try:
             metadata = json.loads((log_dir / "run.json").read_text(encoding="utf-8"))
-            config = metadata["config"]
+            config = metadata["config"] | dict(train_tokens=metadata.get("train_tokens"))
             config |= dict(data=Path(config["data"]).name, total_batch_size=int(config["total_batch_size"]))
-            rows = [*csv.DictReader(read_lines(log_dir / "steps.csv"))]
+            # Of a log the complete lines: a crash may have left a part of one.
+            lines, steps = ((log_dir / n).read_text("utf-8").split("\n")[:-1] for n in ("log.txt", "steps.csv"))
+            rows = [*csv.DictReader(steps)]
             columns = {name: [float(row[name]) for row in rows] for name in COLUMNS}
             if not rows or not np.isfinite(columns["step"] + columns["tokens"]).all():
                 raise ValueError
-            results = defaultdict(lambda: ([], []))
-            for line in read_lines(log_dir / "log.txt"):
+            results = dict(val={}, hella={})
+            for line in lines:
                 step, name, value = line.split()
-                if name != "train":
-                    results[name][0].append(int(step))
-                    results[name][1].append(float(value))
-            return cls(log_dir.resolve().name, columns, results, config, metadata.get("train_tokens"))
+                if name in results:
+                    results[name][int(step)] = float(value)
+            return cls(log_dir.resolve().name, columns, results, config)
         except OSError as e:
             raise UserError(f"{log_dir}: holds no run: {Path(e.filename).name} cannot be read ({e.strerror})") from None
         except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError):
@@ -76,25 +65,17 @@ class Run:
 
     @property
     def curves(self) -> dict[str, dict[int, float]]:
-        """Return what is compared with the bands, by step: the mean training loss of the BLOCK steps before it, where
-        all of them are logged, and the validation loss."""
+        """Return what is compared, by step: the mean training loss of the BLOCK steps before, the validation loss."""
         loss = dict(zip(self.columns["step"], self.columns["loss"], strict=True))
         blocks = [range(int(start), int(start) + BLOCK) for start in sorted(loss) if start % BLOCK == 0]
         training = {b.stop: float(np.mean([loss[i] for i in b])) for b in blocks if loss.keys() >= {*b}}
-        val = zip(*self.results.get("val", ((), ())), strict=True)
-        return dict(training=training, validation={step: value for step, value in val if step > 0})
-
-
-def read_lines(path: Path) -> list[str]:
-    """Return the complete lines of a log; a crash may have left a part of one."""
-    return path.read_text(encoding="utf-8").split("\n")[:-1]
+        return dict(training=training, validation={step: v for step, v in self.results["val"].items() if step > 0})
 
 
 def reference_for(run: Run) -> list[Run]:
     """Return reference runs of the same network on the same tokens and batches. Raise UserError if there are none."""
     logs = [Run.read(file.parent) for file in sorted(REFERENCE.glob("*/seed-*/run.json"))]
     same = [log for log in logs if all(log.config[key] == run.config.get(key) for key in SHAPE)]
-    same = [log for log in same if log.train_tokens == run.train_tokens]
     if not same:
         known = ", ".join(sorted({f"--preset {log.config['preset']} --data {log.config['data']}" for log in logs}))
         raise UserError(f"{run.name}: no reference has its network, its data and its tokens a step; there is {known}")
@@ -104,9 +85,8 @@ def reference_for(run: Run) -> list[Run]:
 def bands(reference: list[Run]) -> dict[str, dict[int, tuple[float, float]]]:
     """Return the range in which a normal run stays, as {curve: {step: (low, high)}}.
 
-    It is the mean of n runs ± five times s·√(1 + 1/n), the standard deviation of one more run from that mean. As a few
-    runs give a poor estimate of s, s is pooled: over fifteen consecutive points of the training loss, and over all
-    points of the validation loss.
+    It is the mean of n runs ± five times s·√(1 + 1/n), the standard deviation of one more run from that mean. s is
+    pooled over fifteen consecutive points of the training loss, and over all points of the validation loss.
     """
     curves = [run.curves for run in reference]
     result = {}
@@ -122,18 +102,20 @@ def bands(reference: list[Run]) -> dict[str, dict[int, tuple[float, float]]]:
 
 def check(run: Run, reference: list[Run]) -> bool:
     """Print whether the run so far is within the bands, and where it first leaves them. Raise UserError."""
+    from runtime.plan import RESUME_INVARIANT  # which imports torch
+
     recipe, curves = reference[0].config, run.curves
-    other = {key for key in run.config.keys() & recipe.keys() if run.config[key] != recipe[key]} - IMMATERIAL
+    material = {*RESUME_INVARIANT, "eval_tokens"} - {"seed"}  # all others change the loss by no more than a seed does
+    other = {key for key in material & run.config.keys() & recipe.keys() if run.config[key] != recipe[key]}
     if "eval_tokens" in other:
         del curves["validation"]  # it is of other tokens
     if not any(curves.values()):
         raise UserError(f"{run.name}: too early to say: no evaluation after step 0, and fewer than {BLOCK} steps")
-    steps = int(run.columns["step"][-1]) + 1
-    compared = f"compared with {len(reference)} seeds of {recipe['preset']}"
-    print(f"{run.name}: {steps} of {recipe['max_steps']} steps, {compared}")
+    progress = f"{int(run.columns['step'][-1]) + 1} of {recipe['max_steps']} steps"
+    print(f"{run.name}: {progress}, compared with {len(reference)} seeds of {recipe['preset']}")
     for key in sorted(other):
         print(f"  --{key} is {run.config[key]}, and {recipe[key]} in the reference")
-    well = True
+    normal = True
     for name, band in bands(reference).items():
         values = {step: value for step, value in curves.get(name, {}).items() if step in band}
         outside = [step for step, value in values.items() if not band[step][0] <= value <= band[step][1]]
@@ -143,12 +125,12 @@ def check(run: Run, reference: list[Run]) -> bool:
         if outside:
             (low, high), value = band[outside[0]], values[outside[0]]
             print(f"    first outside at step {outside[0]}: {value:.3f}, where {low:.3f} to {high:.3f} is normal")
-        well = well and not outside
-    print(f"The loss is {'normal so far' if well else 'not that of this recipe'}.")
-    return well
+            normal = False
+    print(f"The loss is {'normal so far' if normal else 'not that of this recipe'}.")
+    return normal
 
 
-def draw(log_dirs: Iterable[Path], file: Path, reference: list[Run] | None = None) -> None:
+def draw(log_dirs: list[Path], file: Path, reference: list[Run] | None = None) -> None:
     """Draw these runs, and the bands of reference runs, into a PNG file. Raise UserError."""
     try:
         from matplotlib.figure import Figure
@@ -158,40 +140,34 @@ def draw(log_dirs: Iterable[Path], file: Path, reference: list[Run] | None = Non
 
     runs = [Run.read(log_dir) for log_dir in log_dirs]
     panels = [["loss by tokens", "loss by time"], ["lr", "norm"]]
-    if any("hella" in run.results for run in runs):
+    if any(run.results["hella"] for run in runs):
         panels = [["loss by tokens"] * 3 + ["loss by time"] * 3, ["lr", "lr", "norm", "norm", "hella", "hella"]]
     figure = Figure(figsize=(12, 8), layout="constrained")
     axes = figure.subplot_mosaic(panels)
-    tokens, tokens_label = scale(
-        max(run.columns["tokens"][-1] for run in runs),
-        {1e9: "tokens (billions)", 1e6: "tokens (millions)", 1e3: "tokens (thousands)", 1: "tokens"},
-    )
-    time, time_label = scale(
-        max(sum(run.columns["seconds"]) for run in runs),
-        {86400: "days of training", 3600: "hours of training", 60: "minutes of training", 1: "seconds of training"},
-    )
-    for run, color in zip(runs, cycle(COLORS), strict=False):
-        draw_run(axes, run, color, tokens, time)
+    tokens = max((unit for unit in TOKENS if any(run.columns["tokens"][-1] >= unit for run in runs)), default=1)
+    time = max((unit for unit in TIME if any(sum(run.columns["seconds"]) >= unit for run in runs)), default=1)
+    for i, run in enumerate(runs):
+        draw_run(axes, run, COLORS[i % len(COLORS)], tokens, time)
     if reference:
         draw_bands(axes["loss by tokens"], runs[0], reference, tokens)
-
-    for name, label in ("loss by tokens", tokens_label), ("loss by time", time_label):
-        axes[name].set(xlabel=label, ylabel="loss (nats): training lines, validation dots")
-        # The first fiftieth, which falls from 11, would leave no room for the rest.
-        top = 1.02 * max(run.columns["loss"][len(run.columns["loss"]) // 50] for run in runs)
-        axes[name].set_ylim(top=top if math.isfinite(top) else None)
+    # The first fiftieth of the losses, which falls from 11, would leave no room for the rest.
+    top = 1.02 * max(run.columns["loss"][len(run.columns["loss"]) // 50] for run in runs)
+    top = top if np.isfinite(top) else None
+    for name in "loss by tokens", "loss by time":
+        axes[name].set(ylabel="loss (nats): training lines, validation dots", ylim=(None, top))
         if any("fineweb" in run.config["data"] for run in runs):
-            mark(axes[name], GPT2_LOSS)
+            mark(axes[name], {"GPT-2 124M": 3.2924})
     axes["loss by tokens"].legend(frameon=False, loc="upper right")
-    axes["lr"].set(xlabel=tokens_label, ylabel="learning rate")
+    axes["lr"].set_ylabel("learning rate")
     axes["lr"].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    axes["norm"].set(xlabel=tokens_label, ylabel="gradient norm", yscale="log")
+    axes["norm"].set(ylabel="gradient norm", yscale="log")
     axes["norm"].yaxis.set(major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)), major_formatter="{x:g}")
     axes["norm"].minorticks_off()
     if "hella" in axes:
-        axes["hella"].set(xlabel=tokens_label, ylabel="HellaSwag accuracy (%)")
-        mark(axes["hella"], HELLASWAG)
-    for panel in axes.values():
+        axes["hella"].set_ylabel("HellaSwag accuracy (%)")
+        mark(axes["hella"], {"GPT-2 124M": 29.55, "GPT-3 124M": 33.7})
+    for name, panel in axes.items():
+        panel.set_xlabel(TIME[time] if name == "loss by time" else TOKENS[tokens])
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     with write_atomically(file) as f:
@@ -200,47 +176,36 @@ def draw(log_dirs: Iterable[Path], file: Path, reference: list[Run] | None = Non
 
 def draw_run(axes: dict, run: Run, color: str, tokens: float, time: float) -> None:
     """Draw a run into all panels, in these units of tokens and seconds."""
-    steps = run.columns["step"]
-    elapsed = np.cumsum([0, *run.columns["seconds"]])  # before each step, and at the end
-
-    def by_tokens(at: list[float]) -> np.ndarray:
-        return np.array(at) * run.config["total_batch_size"] / tokens
-
-    def by_time(at: list[float]) -> np.ndarray:
-        return np.interp(at, [*steps, steps[-1] + 1], elapsed) / time
-
+    steps, batch = run.columns["step"], run.config["total_batch_size"] / tokens
+    elapsed = np.cumsum([0, *run.columns["seconds"]]) / time  # before each step, and at the end
+    val, hella = run.results["val"], run.results["hella"]
     dots = dict(color=color, marker="o", markersize=4, linestyle="none", markeredgecolor="white")
-    evaluated, losses = run.results["val"]
-    for panel, place in (axes["loss by tokens"], by_tokens), (axes["loss by time"], by_time):
-        panel.plot(place(steps), run.columns["loss"], color=color, alpha=0.5, linewidth=0.8)
-        panel.plot(place(evaluated), losses, label=f"{run.name} on {run.config['data']}", **dots | dict(markersize=6))
+    for panel, x, x_dots in (
+        (axes["loss by tokens"], np.array(steps) * batch, np.array([*val]) * batch),
+        (axes["loss by time"], elapsed[:-1], np.interp([*val], [*steps, steps[-1] + 1], elapsed)),
+    ):
+        panel.plot(x, run.columns["loss"], color=color, alpha=0.5, linewidth=0.8)
+        panel.plot(x_dots, [*val.values()], label=f"{run.name} on {run.config['data']}", **dots | dict(markersize=6))
     for name in "lr", "norm":
-        axes[name].plot([t / tokens for t in run.columns["tokens"]], run.columns[name], color=color, alpha=0.7)
-    if "hella" in run.results:
-        evaluated, accuracies = run.results["hella"]
-        axes["hella"].plot(by_tokens(evaluated), [100 * a for a in accuracies], **dots)
+        axes[name].plot(np.array(run.columns["tokens"]) / tokens, run.columns[name], color=color, alpha=0.7)
+    if hella:
+        axes["hella"].plot(np.array([*hella]) * batch, 100 * np.array([*hella.values()]), **dots)
 
 
 def draw_bands(panel, run: Run, reference: list[Run], tokens: float) -> None:
     """Draw the bands of the reference runs into the panel, as far as the run has come, in this unit of tokens."""
-    grays = dict(training="0.55", validation="0.25")
-    for name, band in bands(reference).items():
+    for (name, band), gray in zip(bands(reference).items(), ("0.55", "0.25"), strict=True):
         band = {step: bounds for step, bounds in band.items() if step <= run.columns["step"][-1] + 1}
-        if not band:
-            continue
-        back = BLOCK / 2 if name == "training" else 0  # a mean over steps belongs to their middle
-        at = [(step - back) * run.config["total_batch_size"] / tokens for step in band]
-        look = dict(label=f"normal {name} loss of {reference[0].config['preset']}", color=grays[name], alpha=0.35)
-        panel.fill_between(at, *zip(*band.values(), strict=True), **look, linewidth=0, zorder=0)
-
-
-def scale(most: float, units: dict[float, str]) -> tuple[float, str]:
-    """Return the largest of these units (in descending order) that is at most `most`, and its name."""
-    return next(((unit, name) for unit, name in units.items() if most >= unit), [*units.items()][-1])
+        if band:
+            back = BLOCK / 2 if name == "training" else 0  # a mean over steps belongs to their middle
+            at = (np.array([*band]) - back) * run.config["total_batch_size"] / tokens
+            label = f"normal {name} loss of {reference[0].config['preset']}"
+            look = dict(label=label, color=gray, alpha=0.35, linewidth=0, zorder=0)
+            panel.fill_between(at, *zip(*band.values(), strict=True), **look)
 
 
 def mark(panel, levels: dict[str, float]) -> None:
-    """Draw the published results of other models."""
+    """Draw the published results of other models, as build-nanogpt measures them."""
     for name, level in levels.items():
         panel.axhline(level, color="0.4", linestyle="--", linewidth=1)
         panel.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.3")
@@ -250,9 +215,7 @@ def mark(panel, levels: dict[str, float]) -> None:
 class Options:
     log_dirs: tuple[Path, ...] = option((Path("log"),), "runs (default: log)", positional=True, metavar="LOG_DIR")
     check: bool = option(False, "compare the loss with reference runs, and draw them; exit 1 if it is not normal")
-    out: Path | None = option(
-        None, "PNG file (default: curves.png, of one run in its log directory)", type=output_file, metavar="FILE"
-    )
+    out: Path | None = option(None, "PNG file (default: curves.png, as above)", type=output_file, metavar="FILE")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -268,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
         run = Run.read(args.log_dirs[0])
         reference = reference_for(run)
         normal = check(run, reference)
-    draw(args.log_dirs, file, reference)
+    draw([*args.log_dirs], file, reference)
     print(file)
     return 0 if normal else 1
 
