@@ -1,12 +1,9 @@
-"""Generate text with a checkpoint, or with a published GPT-2.
+"""Generate text with a checkpoint, or a published GPT-2. At the prompt, Ctrl-C ends a text, a second one the program.
 
 python sample.py                                       the newest checkpoint in log/; asks for prompts
 python sample.py --model gpt2 --prompt "Hello, I'm"    a model of the Hugging Face hub
 python sample.py --prompt_file beginning.txt --num_samples 3
-echo "Once upon a time" | python sample.py
 python sample.py --prompt ""                           start a new document, after <|endoftext|>
-
-At the prompt, Ctrl-C ends a text, and a second one the program.
 """
 
 from errors import UserError, run_script
@@ -43,13 +40,9 @@ class Options:
 
 
 def stream_text(tokens: Iterator[int], stop: str | None) -> Iterator[str]:
-    """Yield the text of the tokens as they come, up to <|endoftext|> or the text stop, without either.
-
-    A token may end within a character, and the text so far may end with the beginning of stop. Such ends are held back
-    until the next tokens decide.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    held = ""
+    """Yield the text of the tokens as they come, up to <|endoftext|> or the text stop, without either."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end within a character
+    held = ""  # an end of the text that may be the beginning of stop; the next tokens decide
     for token in tokens:
         if token == END_OF_TEXT:
             break
@@ -78,24 +71,19 @@ def repl(model: GPT, args: Options, generator: torch.Generator) -> None:
     with contextlib.suppress(ImportError):  # on Windows, which needs none
         import readline  # noqa: F401  (input() then has a history and can be edited)
     sys.stdin.reconfigure(errors="replace")  # what a terminal sends may be in another encoding
-
     while True:
         try:
             prompt = input("\nprompt> ")
         except (EOFError, KeyboardInterrupt):
             return print()
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             print_continuation(model, prompt, args, generator)
-        except KeyboardInterrupt:
-            print(" …")
 
 
 def find_prompt(args: Options) -> str | None:
     """Return the prompt of the option, the file or standard input; None if there is a terminal to ask at."""
-    if args.prompt is not None:
+    if args.prompt is not None or (not args.prompt_file and sys.stdin.isatty()):
         return args.prompt
-    if not args.prompt_file and sys.stdin.isatty():
-        return None
     source = f"--prompt_file {args.prompt_file}" if args.prompt_file else "standard input"
     try:
         text = args.prompt_file.read_text(encoding="utf-8") if args.prompt_file else sys.stdin.read()
