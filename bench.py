@@ -10,7 +10,6 @@ the fastest precision of the device.
 """
 
 from errors import UserError, run_script
-
 import contextlib
 import io
 import json
@@ -162,7 +161,7 @@ def generate_without_cache(args: "Options", name: str) -> float:
     def loop(idx: torch.Tensor, n: int) -> torch.Tensor:
         for _ in range(n):
             with torch.no_grad(), autocast(args):
-                logits = model(idx)[0][:, -1]
+                logits = model(idx)[:, -1]
             idx = torch.cat((idx, sample(logits, top_k=50)[:, None]), dim=1)
         return idx
 
@@ -208,8 +207,8 @@ class Options:
         return getattr(torch, choose_dtype("auto", self.device.type))
 
 
-def parse_arguments(argv: list[str] | None) -> Options:
-    """Return the options, with the device and the names of the benchmarks found. Raise UserError."""
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmarks, each variant in a child process, and print their tables. Raise UserError."""
     args = Options(**parse_options(Options, argv, __doc__))
     names = args.names or tuple(BENCHMARKS)
     if unknown := [name for name in names if name not in BENCHMARKS]:
@@ -218,19 +217,14 @@ def parse_arguments(argv: list[str] | None) -> Options:
         raise UserError(f"--peer {args.peer}: there is no train_gpt2.py in it")
     if args.variant and args.variant not in BENCHMARKS[names[0]]:
         raise UserError(f"--variant {args.variant}: no such variant of {names[0]}")
-    return replace(args, names=names, device=torch.device(choose_device(args.device)))
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the benchmarks, each variant in a child process, and print their tables. Raise UserError."""
-    args = parse_arguments(argv)
+    args = replace(args, device=torch.device(choose_device(args.device)))
     if args.variant:
         torch.manual_seed(0)
-        print("figure", BENCHMARKS[args.names[0]][args.variant](args, args.names[0]))
+        print("figure", BENCHMARKS[names[0]][args.variant](args, names[0]))
         return 0
     print(f"{args.device}, {torch.get_num_threads()} threads, {args.dtype}, torch {torch.__version__}", flush=True)
     figures = dict(device=str(args.device), dtype=str(args.dtype), torch=torch.__version__)
-    for name in args.names:
+    for name in names:
         runs: dict[str, list[float]] = {variant: [] for variant in BENCHMARKS[name] if args.peer or variant != PEER}
         for variant in tqdm([*runs] * args.repeats, desc=name, leave=False, disable=None):  # on a terminal
             runs[variant].append(measure_in_child(args, name, variant))

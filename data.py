@@ -1,7 +1,6 @@
 """Training data: the tokens of a data set, and batches that are a pure function of the step."""
 
 from errors import UserError
-
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +18,8 @@ from tokens import encode, sha256
 
 @dataclass(frozen=True)
 class Data:
-    """Training and validation tokens, as lists of (file name, ids (n,) of uint16).
-
-    The fingerprint differs for other tokens: it holds the shards' lengths and the manifest's hash, or the text's hash.
-    """
+    """Training and validation tokens, as lists of (file name, ids (n,) of uint16), and a fingerprint, which differs for
+    other tokens: the lengths of shards and the manifest's hash, or the text's hash."""
 
     train: list[tuple[str, np.ndarray]]
     val: list[tuple[str, np.ndarray]]
@@ -79,19 +76,18 @@ class DataLoaderLite:
         self.starts = np.cumsum([0] + [len(tokens) for _, tokens in files])  # of each file, and N
         self.n_rows = (int(self.starts[-1]) - 1) // T
         if self.n_rows < 1:
-            raise UserError(
-                f"{files[0][0]}: {self.starts[-1]:,} tokens are too few for a sequence of --seq_len {T} and its target"
-            )
+            tokens = f"{files[0][0]}: {self.starts[-1]:,} tokens"
+            raise UserError(f"{tokens} are too few for a sequence of --seq_len {T} and its target")
 
-    def row_numbers(self, first: int, B: int) -> list[int]:
-        """Return the stream's row numbers for the B global rows from `first` on."""
-        numbers = []
+    def rows(self, first: int, B: int) -> torch.Tensor:
+        """Return the B global rows from `first` on: (B, T + 1) of int32."""
+        rows = []
         for g in range(first, first + B):
             epoch, i = divmod(g, self.n_rows)
             if epoch > 0 or self.shuffle_first:
                 i = int(permutation(self.n_rows, self.seed, epoch)[i])
-            numbers.append(i)
-        return numbers
+            rows.append(self.read(i * self.T, self.T + 1))
+        return torch.from_numpy(np.stack(rows).astype(np.int32))
 
     def read(self, start: int, n: int) -> np.ndarray:
         """Return n tokens of the stream from start on, across files: (n,) of uint16. Raise ShardError."""
@@ -106,20 +102,12 @@ class DataLoaderLite:
             start, n, i = start + len(part), n - len(part), i + 1
         return np.concatenate(parts)
 
-    def rows(self, numbers: list[int]) -> torch.Tensor:
-        """Return these rows of the stream: (len(numbers), T + 1) of int32."""
-        return torch.from_numpy(np.stack([self.read(i * self.T, self.T + 1) for i in numbers]).astype(np.int32))
-
     def micro_batches(self, first: int, B: int, stride: int) -> Iterator[torch.Tensor]:
         """Yield B global rows from `first` on, then B from `first + stride` on, without end; read one batch ahead."""
-
-        def read_batch(g: int) -> torch.Tensor:
-            return self.rows(self.row_numbers(g, B))
-
         with ThreadPoolExecutor(max_workers=1) as pool:
-            batch = pool.submit(read_batch, first)
+            batch = pool.submit(self.rows, first, B)
             for g in count(first + stride, stride):
-                ready, batch = batch, pool.submit(read_batch, g)
+                ready, batch = batch, pool.submit(self.rows, g, B)
                 yield ready.result()
 
 

@@ -11,7 +11,6 @@ continues after the last complete shard.
 """
 
 from errors import UserError, first_line, run_script
-
 import base64
 import contextlib
 import glob
@@ -36,6 +35,7 @@ from runtime import shards
 from runtime.options import option, parse_options
 from tokens import END_OF_TEXT, SHA256, encode, gpt2_encoding, sha256
 
+OUT_DIR = Path(__file__).resolve().parent / "edu_fineweb10B"
 PRETOKENIZED = "kjj0/finewebedu10B-gpt2"
 CONTINUE = "the same command continues after the last complete shard"
 MAX_DOCUMENT = 2**30  # bytes, decompressed
@@ -121,7 +121,10 @@ def read_jsonl(path: Path, column: str) -> Iterator[object]:
             raise UserError(f"{path}: document {n:,} has no {column}, but {', '.join(json.loads(line))}") from None
         except (ValueError, TypeError, RecursionError) as e:
             raise UserError(f"{path}: document {n:,} is not a JSON object ({first_line(e)})") from None
-        yield replace_surrogates(text)
+        if isinstance(text, str) and not text.isascii():
+            # JSON may hold halves of surrogate pairs, UTF-8 cannot: replace them by U+FFFD, as tiktoken does.
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        yield text
 
 
 def read_text(path: Path, column: str) -> Iterator[object]:
@@ -147,13 +150,6 @@ def read_bytes(path: Path, by_line: bool) -> Iterator[bytes]:
                 yield content
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({first_line(e)})") from None
-
-
-def replace_surrogates(text: object) -> object:
-    """Replace halves of surrogate pairs, which JSON may hold and UTF-8 cannot, by U+FFFD, as tiktoken does."""
-    if isinstance(text, str) and not text.isascii():
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 @contextlib.contextmanager
@@ -233,15 +229,6 @@ def encode_in_order(batches: Iterator[Batch], encoder: Callable, num_proc: int) 
                 yield first, block.result()
         for first, block in waiting:
             yield first, block.result()
-
-
-def check_writable(directory: Path) -> None:
-    """Raise UserError if no files can be made in a directory or, if it is absent, in the nearest above it."""
-    try:
-        existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as e:
-        raise UserError(f"--out_dir {directory}: cannot be written to ({e.strerror})") from None
 
 
 def open_manifest(directory: Path, settings: dict) -> dict:
@@ -356,6 +343,8 @@ def encode_and_write(files: list[Iterator[str]], out: ShardWriter, args: "Option
             skip, written = max(0, skip - len(block)), written + len(new)
             n_documents += len(batch.texts)
             bar.set_postfix_str(f"source file {batch.start.file + 1:,} of {len(files):,}", refresh=False)
+            if batch.start.file and not args.limit_tokens:  # as if all source files had as many tokens
+                bar.total = written * len(files) // batch.start.file
             bar.update(len(new))
             if written >= limit:
                 break
@@ -433,9 +422,7 @@ class Options:
     files: tuple[str, ...] = option((), "local .parquet, .jsonl, .txt, also .gz and .zst, or patterns", metavar="FILE")
     pretokenized: str | None = option(None, f"download N training shards of {PRETOKENIZED}, or all", metavar="N")
     verify: Path | None = option(None, "compare a directory with its manifest, and do nothing else", metavar="DIR")
-    out_dir: Path = option(
-        Path(__file__).resolve().parent / "edu_fineweb10B", "directory for the shards", metavar="DIR"
-    )
+    out_dir: Path = option(OUT_DIR, "directory for the shards", metavar="DIR")
     shard_size: int = option(100_000_000, "tokens per shard", low=1, metavar="N")
     num_proc: int = option(os.cpu_count(), "number of encoder threads", low=1, high=1024, metavar="N")
     limit_tokens: int | None = option(None, "stop after N tokens (default: at the end)", low=1, metavar="N")
@@ -452,7 +439,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.verify:
         verify(args.verify)
         return 0
-    check_writable(args.out_dir)
+    try:  # before hours of work
+        existing = next(p for p in (args.out_dir, *args.out_dir.absolute().parents) if p.exists())
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as e:
+        raise UserError(f"--out_dir {args.out_dir}: cannot be written to ({e.strerror})") from None
     try:
         if n:
             download(args.out_dir, None if n == "all" else int(n))

@@ -8,7 +8,6 @@ divides them by the endings' lengths, in tokens (build-nanogpt; in the training 
 """
 
 from errors import UserError, run_script
-
 import hashlib
 import json
 import math
@@ -28,7 +27,7 @@ from model import GPT
 from runtime import checkpoint
 from runtime.device import choose_device, tune_malloc
 from runtime.files import write_atomically
-from runtime.options import input_file, option, output_file, parse_options
+from runtime.options import option, output_file, parse_options
 from tokens import gpt2_encoding
 
 FILE = Path(__file__).resolve().parent / "hellaswag" / "hellaswag_val.jsonl"
@@ -198,7 +197,7 @@ PUBLISHED = {  # acc and acc_norm, per cent
 class Options:
     model: str = option("gpt2", "name on the hub, or directory", aliases=("-m", "--model_type"), metavar="MODEL")
     device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto for the fastest", aliases=("-d",), metavar="DEVICE")
-    data: Path | None = option(None, "HellaSwag file (default: download it once)", type=input_file, metavar="FILE")
+    data: Path | None = option(None, "HellaSwag file (default: download it once)", metavar="FILE")
     limit: int | None = option(None, "evaluate only the first N records (default: all)", low=1, metavar="N")
     batch_tokens: int | None = option(None, "tokens at once (default: 1,024; 65,536 on CUDA)", low=1, metavar="N")
     dtype: str = option("float32", "precision of the weights", choices=("float32", "bfloat16", "float16"))
@@ -211,6 +210,8 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(choose_device(args.device))
     tune_malloc()
     path = args.data or find_file()
+    if not path.is_file():
+        raise UserError(f"--data {path}: no such file")
     model = checkpoint.load_model("--model", args.model).eval().to(device, getattr(torch, args.dtype))
     torch.set_float32_matmul_precision("high")
     batch_tokens = args.batch_tokens or (65536 if device.type == "cuda" else 1024)

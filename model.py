@@ -1,8 +1,6 @@
-"""GPT-2, the whole network in one file.
+"""GPT-2, the whole network in one file (Radford et al., 2019, "Language Models are Unsupervised Multitask Learners").
 
-Language Models are Unsupervised Multitask Learners (Radford et al., 2019), with OpenAI's own parameter names, so that
-a checkpoint of this model and one of Hugging Face's `GPT2LMHeadModel` have the same tensors.
-
+Parameters have OpenAI's names, so checkpoints of this model and of Hugging Face's `GPT2LMHeadModel` hold the same ones.
 Shapes: B sequences of T tokens, C = n_embd channels, nh heads of hs = C / nh channels, V = vocab_size.
 """
 
@@ -19,6 +17,7 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.nn import functional as F
 
 from muon import Muon
@@ -69,10 +68,7 @@ class GPTConfig:
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str | Path) -> GPTConfig:
-        """Read the config.json of a local directory, or of a model on the Hugging Face hub.
-
-        Raise OSError if it cannot be reached or read, ValueError if it is not a GPT-2.
-        """
+        """Read the config.json of a directory or a model on the hub. Raise OSError, or ValueError if it is no GPT-2."""
         hf = json.loads(_find(name_or_dir, "config.json").read_text(encoding="utf-8"))
         try:
             if hf["model_type"] != "gpt2":
@@ -106,7 +102,7 @@ class CausalSelfAttention(nn.Module):
         self.attn_dropout = nn.Dropout(config.dropout)  # holds the probability for scaled_dot_product_attention
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
@@ -130,7 +126,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
 
 
@@ -142,7 +138,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), mask, cache)
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -159,7 +155,7 @@ class KVCache:
         self.block_size = block_size
         self.length = 0
 
-    def update(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add the new keys and values (B, nh, T, hs); return all of them, each (B, nh, length, hs)."""
         B, nh, T, hs = k.size()
         if self.length == 0:
@@ -188,10 +184,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialize weights from a normal distribution with std 0.02, biases with zeros, LayerNorm weights with ones.
+        """Draw weights with std 0.02, in residual projections divided by √(2·n_layer) (section 2.3 of the paper).
 
-        The residual projections are scaled by 1/√N for N = 2·n_layer residual additions (section 2.3 of the paper). The
-        rows that pad the vocabulary are zero.
+        Biases and the rows that pad the vocabulary are zero, the weights of LayerNorms one.
         """
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -203,7 +198,7 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
         self.transformer.wte.weight[self.config.vocab_size :] = 0.0
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return the logits (B, T, V) for tokens idx (B, T); with targets (B, T), the mean cross-entropy in nats.
 
         Both are float32. Raise ValueError if T is larger than block_size.
@@ -214,12 +209,8 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
 
     def hidden(
-        self,
-        idx: torch.Tensor,
-        pos: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-        caches: list[KVCache] | None = None,
-    ) -> torch.Tensor:
+        self, idx: Tensor, pos: Tensor | None = None, mask: Tensor | None = None, caches: list[KVCache] | None = None
+    ) -> Tensor:
         """Return the output of the last LayerNorm for tokens idx (B, T): (B, T, C).
 
         pos, (T) or (B, T), are the tokens' positions, by default one after the other. mask, boolean (B, 1, T, T), says
@@ -237,26 +228,22 @@ class GPT(nn.Module):
             x = block(x, mask, cache)
         return self.transformer.ln_f(x)
 
-    def head(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the float32 logits (..., V) for hidden states (..., C).
+    def head(self, x: Tensor) -> Tensor:
+        """Return the float32 logits (..., V) for hidden states (..., C), by the token embedding (tied weights).
 
-        The matrix of the head is the token embedding (tied). Padded ids are cut off: they have no probability, and
-        their rows get no gradient.
+        Padded ids are cut off: they have no probability, and their rows get no gradient.
         """
         return F.linear(x, self.transformer.wte.weight)[..., : self.config.vocab_size].float()
 
-    def generate(self, idx: torch.Tensor, max_new_tokens: int, **options) -> torch.Tensor:
-        """Continue each sequence of idx (B, T) by up to max_new_tokens; return prompt and continuation (B, T + new).
-
-        The options are those of `stream`.
-        """
-        tokens = self.stream(idx, max_new_tokens, **options)
+    def generate(self, idx: Tensor, *args, **kwargs) -> Tensor:
+        """Return each sequence of idx (B, T) with its continuation, (B, T + new). The arguments are `stream`'s."""
+        tokens = self.stream(idx, *args, **kwargs)
         return torch.cat((idx, *(token[:, None] for token in tokens)), dim=1)
 
     @torch.inference_mode()
     def stream(  # noqa: PLR0913 (the arguments that transformers' generate has, too)
         self,
-        idx: torch.Tensor,
+        idx: Tensor,
         max_new_tokens: int,
         temperature: float = 1.0,
         top_k: int | None = None,
@@ -264,7 +251,7 @@ class GPT(nn.Module):
         stop_token: int | None = None,
         generator: torch.Generator | None = None,
         use_cache: bool = True,
-    ) -> Iterator[torch.Tensor]:
+    ) -> Iterator[Tensor]:
         """Yield up to max_new_tokens that continue each sequence of idx (B, T): one for each sequence, (B), at a time.
 
         temperature 0 takes the most likely token. top_k keeps the k most likely tokens, top_p (Holtzman et al., 2020,
@@ -291,10 +278,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str | Path) -> GPT:
-        """Load a GPT-2 from a local directory, or from the Hugging Face hub by name ("gpt2", "gpt2-xl", "user/model").
-
-        Raise OSError if it cannot be reached or read, ValueError if it is not a GPT-2.
-        """
+        """Load a directory, or a name on the hub such as "gpt2". Raise OSError, or ValueError if it is no GPT-2."""
         try:
             config = GPTConfig.from_pretrained(name_or_dir)
             with torch.device("meta"):  # shapes alone: no time spent on initial weights that are overwritten
@@ -306,7 +290,7 @@ class GPT(nn.Module):
         return model
 
     @torch.no_grad()
-    def load_hf_state(self, state: dict[str, torch.Tensor]) -> None:
+    def load_hf_state(self, state: dict[str, Tensor]) -> None:
         """Copy weights in Hugging Face's layout. Raise ValueError if a tensor is missing, misshapen or unknown."""
         state = {name.removeprefix("transformer."): t for name, t in state.items()}  # the hub's "gpt2" has no prefix
         for name, p in self.transformer.named_parameters():
@@ -324,7 +308,7 @@ class GPT(nn.Module):
             if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")) and t.any():
                 raise ValueError(f"{name}: a tensor that GPT-2 does not have")
 
-    def hf_state(self) -> dict[str, torch.Tensor]:
+    def hf_state(self) -> dict[str, Tensor]:
         """Return the weights in Hugging Face's layout, on the CPU: Conv1D transposes matrices and always has a bias."""
         state = {}
         for name, p in self.named_parameters():
@@ -372,11 +356,8 @@ class GPT(nn.Module):
         muon_lr_scale: float | None = None,
         muon_dtype: torch.dtype = torch.float32,
     ) -> torch.optim.AdamW:
-        """Return AdamW (Loshchilov & Hutter, 2019), with weight decay for matrices and embeddings only.
-
-        With a muon_lr_scale, Muon updates the matrices of the blocks, at that multiple of the learning rate. Query, key
-        and value are three matrices.
-        """
+        """Return AdamW (Loshchilov & Hutter, 2019), with weight decay for matrices and embeddings only. With a
+        muon_lr_scale, Muon updates the matrices of the blocks, at that multiple of the learning rate."""
         options = dict(lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
         no_decay = dict(params=[p for p in self.parameters() if p.dim() < 2], weight_decay=0.0)
         if muon_lr_scale is None:
@@ -384,6 +365,7 @@ class GPT(nn.Module):
             return torch.optim.AdamW([decay, no_decay], **options)
         blocks = self.transformer.h
         embeddings = dict(params=[self.transformer.wte.weight, self.transformer.wpe.weight])
+        # Query, key and value are three matrices.
         qkv = dict(params=[block.attn.c_attn.weight for block in blocks], lr_scale=muon_lr_scale, parts=3)
         linears = [layer for block in blocks for layer in (block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)]
         others = dict(params=[layer.weight for layer in linears], lr_scale=muon_lr_scale, parts=1)
@@ -395,23 +377,20 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters()) - (c.padded_vocab_size - c.vocab_size) * c.n_embd
 
     def flops_per_token(self) -> int:
-        """Return the floating-point operations to train on one token at full context, forward and backward.
-
-        6 for each weight of a matrix product, and 12·n_layer·n_embd·block_size for attention, which is counted without
-        the causal mask (Chowdhery et al., 2022, PaLM, appendix B).
-        """
+        """Return the floating-point operations to train on one token: 6 for each weight of a matrix product, and those
+        of attention without the causal mask (Chowdhery et al., 2022, PaLM, appendix B)."""
         c = self.config
         weights = 12 * c.n_layer * c.n_embd**2 + c.padded_vocab_size * c.n_embd  # the head's; lookups multiply nothing
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
 
 
 def sample(
-    logits: torch.Tensor,
+    logits: Tensor,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Draw a token for each row of logits (B, V): (B). Ids beyond GPT-2's vocabulary are never drawn."""
     logits = logits[:, :VOCAB_SIZE]
     if temperature < 1e-6:  # float32 cannot divide by less, and other tokens have no probability left
@@ -427,7 +406,7 @@ def sample(
     return (token if ids is None else ids.gather(1, token))[:, 0]
 
 
-def _is_conv1d(name: str, p: torch.Tensor) -> bool:
+def _is_conv1d(name: str, p: Tensor) -> bool:
     """Return whether Hugging Face keeps this weight in a Conv1D, (in, out): matrices of the blocks, not embeddings."""
     return p.dim() == 2 and (".attn." in name or ".mlp." in name)
 
@@ -445,7 +424,7 @@ def _find(name_or_dir: str | Path, filename: str) -> Path:
     return Path(hf_hub_download(str(name_or_dir), filename))
 
 
-def _read_weights(name_or_dir: str | Path) -> dict[str, torch.Tensor]:
+def _read_weights(name_or_dir: str | Path) -> dict[str, Tensor]:
     """Return the tensors of a model, by Hugging Face's names."""
     from huggingface_hub.errors import EntryNotFoundError
 

@@ -6,7 +6,6 @@ python plot.py --check log     is this loss normal? Compare the run so far with 
 """
 
 from errors import UserError, run_script
-
 import csv
 import json
 import sys
@@ -132,11 +131,8 @@ def check(run: Run, reference: list[Run]) -> bool:
 
 def draw(log_dirs: list[Path], file: Path, reference: list[Run] | None = None) -> None:
     """Draw these runs, and the bands of reference runs, into a PNG file. Raise UserError."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator
-    except ImportError:
-        raise UserError("matplotlib is not installed; pip install -r requirements.txt") from None
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     runs = [Run.read(log_dir) for log_dir in log_dirs]
     panels = [["loss by tokens", "loss by time"], ["lr", "norm"]]

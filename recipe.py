@@ -21,8 +21,7 @@ PRESETS = {
     **SIZES,
 }  # fmt: skip
 
-# The same network reaches the same loss in half the steps with Muon. The learning rate of small-fast was tuned, that of
-# gpt2-fast was not.
+# Muon reaches the same loss in half the steps. The learning rate of small-fast was tuned, that of gpt2-fast was not.
 FAST = dict(optimizer="muon", schedule="wsd", decay_fraction=0.5, min_lr=0.0)
 PRESETS |= {
     "small-fast": PRESETS["small"] | FAST | dict(max_steps=100, max_lr=4e-3, warmup_steps=15),
@@ -35,22 +34,18 @@ class TrainConfig:
     """Options of a training run. None stands for a default that depends on the machine or the data."""
 
     preset: str | None = option(
-        None,
-        "size and recipe to start from, listed below (default: tiny on a CPU; on a GPU gpt2 for shards, else small)",
-        choices=tuple(PRESETS),
+        None, "size and recipe, listed below (default: tiny; on a GPU small, for shards gpt2)", choices=tuple(PRESETS)
     )
     n_layer: int = option(12, "number of layers", low=1, high=1000)
     n_head: int = option(12, "number of attention heads per layer", low=1, high=2**24)
     n_embd: int = option(768, "number of channels", low=1, high=2**24)
     bias: bool = option(True, "use biases in linear layers and LayerNorms, as GPT-2 does")
     data: str | None = option(
-        None, "directory of token shards, or text file (default: edu_fineweb10B/, else input.txt)", metavar="PATH"
+        None, "token shards or text file (default: edu_fineweb10B/, else input.txt)", metavar="PATH"
     )
     log_dir: str = option("log", "directory for the log and the checkpoints", metavar="DIR")
     init_from: str | None = option(
-        None,
-        "fine-tune this model, a directory or a name on the hub; sets shape, seq_len and a constant max_lr of 3e-5",
-        metavar="MODEL",
+        None, "fine-tune this directory or model of the hub, whose shape it takes, at a max_lr of 3e-5", metavar="MODEL"
     )
     resume: str | None = option(
         None, "resume from the checkpoint DIR, or without DIR from the newest in log_dir", const="newest", metavar="DIR"
@@ -72,9 +67,7 @@ class TrainConfig:
     seed: int = option(1337, "seed of initial weights, data order and dropout", high=2**31)
     device: str = option("auto", "auto takes cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option(
-        "auto",
-        "precision of matrix products; auto takes bfloat16 where the device has it, else float16 on cuda or float32",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        "auto", "precision; auto takes the fastest of the device", choices=("auto", "float32", "bfloat16", "float16")
     )
     compile: str = option("auto", "use torch.compile; auto where it saves time", choices=("auto", "on", "off"))
     eval_every: int = option(250, "steps between evaluations of the validation loss; 0 for none")
@@ -91,8 +84,8 @@ class TrainConfig:
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Return the learning rate of a step: linear warm-up to max_lr, then decay to min_lr at max_steps.
 
-    cosine decays from the end of warm-up on (GPT-3: Brown et al., 2020, appendix B). wsd (warm-up, stable, decay) stays
-    at max_lr and decays linearly over the last decay_fraction of the steps (Hägele et al., 2024, section 3).
+    cosine decays after warm-up (GPT-3: Brown et al., 2020, appendix B), wsd (warm-up, stable, decay) linearly over the
+    last decay_fraction of the steps (Hägele et al., 2024, section 3).
     """
     if step < config.warmup_steps:
         return config.max_lr * (step + 1) / config.warmup_steps

@@ -7,7 +7,6 @@ python sample.py --prompt ""                           start a new document, aft
 """
 
 from errors import UserError, run_script
-
 import codecs
 import contextlib
 import sys

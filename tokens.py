@@ -53,9 +53,8 @@ def load_encoding() -> tiktoken.Encoding:
 def encode(text: str) -> np.ndarray:
     """Return the token ids of a text, (n,) of uint16. "<|endoftext|>" in it is encoded like any other characters.
 
-    tiktoken fails at a very long run of whitespace before text. GPT-2's pattern takes such a run without its last
-    character as one piece, and whitespace at the end of a text as one piece. So the text is cut before that last
-    character: pieces and ids stay the same.
+    tiktoken fails at a very long run of whitespace. GPT-2's pattern ends a piece before the last character of a run, so
+    a text that is cut there keeps its pieces and ids.
     """
     parts = [text]
     if len(text) > LONG_RUN:

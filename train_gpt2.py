@@ -7,7 +7,6 @@ python train_gpt2.py --resume                                     resume the run
 """
 
 from errors import UserError, first_line, print_error, run_script
-
 import contextlib
 import math
 import signal
@@ -71,9 +70,8 @@ class Trainer:
         self.val_loss: float | None = None  # at evaluated_step
         self.stop_signal = 0  # number of the signal that all ranks stop for
         self.checkpoint_failed = False  # on the main rank, which all ranks know of
-        self.autocast = torch.autocast(
-            self.config.device, getattr(torch, self.config.dtype), enabled=self.config.dtype != "float32"
-        )
+        dtype = getattr(torch, self.config.dtype)
+        self.autocast = torch.autocast(self.config.device, dtype, enabled=dtype != torch.float32)
         self.log = RunLog(self.config, dist.is_main)
         with dist.agree():
             dist.set_device(self.config.device)
@@ -95,8 +93,6 @@ class Trainer:
         self.writer = checkpoint.Writer(self.log.dir, self.config.keep, self.log.print)
         self.signals = StopSignals()
 
-    # -- The loop
-
     def train(self) -> int:
         """Train up to max_steps, or until a signal; return the exit status."""
         while True:
@@ -114,10 +110,8 @@ class Trainer:
             self.step += 1
 
     def train_step(self) -> StepStats:
-        """Take one optimizer step over total_batch_size tokens.
-
-        Raise UserError, with no weight changed on any rank, if the loss or the norm of the gradient is not finite.
-        """
+        """Take one optimizer step over total_batch_size tokens. Raise UserError, with no weight changed on any rank, if
+        the loss or the norm of the gradient is not finite."""
         started = time.perf_counter()
         self.model.train()
         loss_sum = torch.zeros((), device=self.dist.device)
@@ -141,8 +135,7 @@ class Trainer:
         )
         self.stop_if_any(sigterm, sigint)
         self.checkpoint_failed = failed > 0
-        # With float16, an infinite norm is normal while the scale is at least 1: the scaler skips the step and halves
-        # the scale. Below 1 the gradient itself overflows.
+        # In float16 an infinite norm is normal while the scale is at least 1: the scaler skips the step and halves it.
         finite = math.isfinite(grad_norm) or (self.scaler.is_enabled() and self.scaler.get_scale() >= 1)
         if not (math.isfinite(loss) and finite):
             values = f"loss {loss:g}, gradient norm {grad_norm:g}"
@@ -177,19 +170,17 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, n_sequences: int) -> float:
-        """Return the mean loss over the first n validation sequences: the same ones for any micro-batch and ranks.
-
-        Use the raw model: ranks may have different numbers of batches, and a smaller last one would be compiled anew.
-        """
+        """Return the mean loss over the first n validation sequences: the same ones for any micro-batch and ranks."""
+        # By the raw model: ranks may have different numbers of batches, and a smaller last one would be compiled anew.
         self.raw_model.eval()
         n, B = min(self.val_loader.n_rows, max(1, n_sequences)), self.config.micro_batch_size
         total = torch.zeros((), device=self.dist.device)
         for first in range(self.dist.rank * B, n, self.dist.size * B):
-            numbers = list(range(first, min(first + B, n)))
-            x, y = inputs_and_targets(self.val_loader.rows(numbers), self.dist.device)
+            rows = self.val_loader.rows(first, min(B, n - first))
+            x, y = inputs_and_targets(rows, self.dist.device)
             with self.autocast:
                 loss = self.raw_model(x, y)
-            total += loss * len(numbers)
+            total += loss * len(rows)
         (total,) = self.dist.sum_scalars(total)
         return total / n
 
@@ -265,23 +256,19 @@ class Trainer:
         state = [t for entry in self.optimizer.state.values() for t in entry.values()]
         size = sum(t.nbytes for t in [*self.raw_model.parameters(), *state])
         peak = peak_memory(self.dist.device)
-        for line in (
-            f"time     {total}: {seconds:.3g} s a step, {evaluation:.3g} s an evaluation, no HellaSwag or samples",
-            f"memory   {f'{peak / 1e9:.2f} GB a rank, at the peak' if peak else 'n/a here'}",
-            f"disk     {(config.keep + 2) * size / 1e9:.2f} GB for {config.keep} checkpoints, the best, and one being "
-            "written",
-            "this was a dry run: nothing is written",
-        ):
-            self.log.print(line)
+        speed = f"{seconds:.3g} s a step, {evaluation:.3g} s an evaluation, no HellaSwag or samples"
+        disk = f"{(config.keep + 2) * size / 1e9:.2f} GB for {config.keep} checkpoints, the best, and one being written"
+        self.log.print(f"time     {total}: {speed}")
+        self.log.print(f"memory   {f'{peak / 1e9:.2f} GB a rank, at the peak' if peak else 'n/a here'}")
+        self.log.print(f"disk     {disk}")
+        self.log.print("this was a dry run: nothing is written")
         return 0
 
     # -- The parts of the setup
 
     def build_model(self) -> None:
-        """Make model, optimizer and float16 scaler: from the checkpoint, from --init_from, or new.
-
-        The main rank alone reads files, as hosts may share no disk; the others get its tensors.
-        """
+        """Make model, optimizer and float16 scaler: from the checkpoint, from --init_from, or new. The main rank alone
+        reads files, as hosts may share no disk; the others get its tensors."""
         config, dist, state = self.config, self.dist, None
         with dist.agree(), oom_as_user_error("the model"):
             torch.manual_seed(config.seed)
@@ -295,12 +282,9 @@ class Trainer:
             model.set_dropout(config.dropout)
             self.raw_model = self.model = model.to(dist.device)
         dist.broadcast_parameters(self.raw_model)
-        self.optimizer = self.raw_model.configure_optimizers(
-            config.weight_decay,
-            config.max_lr,
-            muon_lr_scale=config.muon_lr_scale if config.optimizer == "muon" else None,
-            muon_dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32,
-        )
+        muon_dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        muon = dict(muon_lr_scale=config.muon_lr_scale, muon_dtype=muon_dtype) if config.optimizer == "muon" else {}
+        self.optimizer = self.raw_model.configure_optimizers(config.weight_decay, config.max_lr, **muon)
         self.scaler = torch.amp.GradScaler(config.device, enabled=config.dtype == "float16")
         if self.plan.resume_from:
             state = dist.broadcast_tree(state)
@@ -339,14 +323,11 @@ class Trainer:
             elif not any_out_of_memory:
                 break
             elif B == 1:
-                raise UserError(
-                    f"out of memory with one sequence of {config.seq_len} tokens: try a smaller --preset or --seq_len",
-                    agreed=True,
-                )
+                message = f"out of memory with one sequence of {config.seq_len} tokens"
+                raise UserError(f"{message}: try a smaller --preset or --seq_len", agreed=True)
             else:
                 B = divisor_up_to(B // 2, config.total_batch_size // (config.seq_len * dist.size))
-            if config.device == "cuda":
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # does nothing without CUDA
         if B < config.micro_batch_size:
             self.log.print(f"out of memory: micro-batch {config.micro_batch_size} → {B}, the total batch stays")
         if dist.size > 1:

@@ -1,13 +1,11 @@
 """Checkpoints that are complete or absent, and how to find the newest one that verifies.
 
-A checkpoint is a directory `step_000250/`: a Hugging Face model (weights, config, tokenizer), `trainer_state.pt` (what
-else a run needs to resume), the run's logs up to this step, and `checkpoint.json`: the step, the configuration, the
-validation loss, and size and SHA-256 of every other file. It is written under another name, flushed to disk and
-renamed: the rename is the commit. Nothing here knows of ranks.
+A checkpoint is a directory `step_000250/`: a Hugging Face model, `trainer_state.pt` (what else a run needs to resume),
+the run's logs so far, and `checkpoint.json`: step, configuration, validation loss, and size and SHA-256 of every other
+file. It is written under another name, flushed to disk and renamed: the rename is the commit.
 """
 
 from errors import UserError, first_line
-
 import contextlib
 import errno
 import hashlib
@@ -39,10 +37,7 @@ class CheckpointError(UserError):
 
 
 def save(log_dir: Path, model: GPT, trainer_state: dict, logs: dict[str, bytes], record: dict) -> Path:
-    """Write `log_dir/step_NNNNNN`, for the record's step, and return its path.
-
-    Raise UserError, and leave nothing behind, if the disk is full or fails.
-    """
+    """Write and return `log_dir/step_NNNNNN`. Raise UserError, and leave nothing, if the disk is full or fails."""
     final = log_dir / f"step_{record['step']:06d}"
     partial = log_dir / (UNFINISHED + final.name)
     try:
@@ -66,10 +61,7 @@ def save(log_dir: Path, model: GPT, trainer_state: dict, logs: dict[str, bytes],
 
 
 class Writer:
-    """Writes one checkpoint at a time, in a thread and from a copy of the state, and deletes old ones.
-
-    Training waits for the copy, and for the checkpoint before this one, but not for the disk.
-    """
+    """Writes one checkpoint at a time, in a thread and from a copy of the state, and deletes old ones."""
 
     def __init__(self, log_dir: Path, keep: int, print_line: Callable[[str], None]):
         self.log_dir, self.keep, self.print_line = log_dir, keep, print_line
@@ -92,8 +84,7 @@ class Writer:
         """Write a checkpoint, then delete old ones."""
         directory = save(self.log_dir, model, trainer_state, logs, record)
         self.print_line(f"step {record['step']}: saved {directory}")
-        for line in prune(self.log_dir, self.keep):
-            self.print_line(line)
+        prune(self.log_dir, self.keep, self.print_line)
 
     @property
     def failed(self) -> bool:
@@ -112,22 +103,20 @@ class Writer:
         return self.writing and self.writing.exception()
 
 
-def prune(log_dir: Path, keep: int) -> list[str]:
-    """Delete all checkpoints but the newest `keep` and the best by validation loss. Return a line for each failure."""
+def prune(log_dir: Path, keep: int, print_line: Callable[[str], None]) -> None:
+    """Delete all checkpoints but the newest `keep` and the best by validation loss. Print each failure."""
     directories = list(checkpoints(log_dir).values())
     losses = {}
     for directory in directories:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # it may be damaged
             losses[directory] = float(json.loads((directory / "checkpoint.json").read_bytes())["validation_loss"])
     best = min(losses, key=losses.get, default=None)
-    failures = []
     for directory in directories[:-keep]:
         if directory != best:
             try:
                 shutil.rmtree(directory.rename(log_dir / (UNFINISHED + directory.name)))
             except OSError as e:
-                failures.append(f"{directory}: could not be deleted ({e.strerror}); the run continues")
-    return failures
+                print_line(f"{directory}: could not be deleted ({e.strerror}); the run continues")
 
 
 def clean(log_dir: Path) -> None:
@@ -137,10 +126,8 @@ def clean(log_dir: Path) -> None:
 
 
 def archive(log_dir: Path, resume_from: Path | None, step: int) -> Path | None:
-    """Move what is not of this run, and only files of runs, to `old-<date-time>/`; return that if it exists.
-
-    These are the checkpoints after step, or the whole run in log_dir if resume_from is not one of its checkpoints.
-    """
+    """Move the checkpoints after step, or the whole run if resume_from is not of it, to `old-<date-time>/`; return that
+    if there was something to move. Other files stay."""
     if resume_from is not None and resume_from.parent.samefile(log_dir):
         files = [p for n, p in checkpoints(log_dir).items() if n > step and not p.samefile(resume_from)]
     else:
@@ -164,10 +151,8 @@ def checkpoints(log_dir: Path) -> dict[int, Path]:
 
 
 def newest(log_dir: Path) -> tuple[Path | None, dict | None, list[str]]:
-    """Return the newest checkpoint that verifies, its record, and why newer ones were skipped.
-
-    Return (None, None, []) if there are no checkpoints. Raise CheckpointError if there are some and none verifies.
-    """
+    """Return the newest checkpoint that verifies, its record, and why newer ones were skipped; (None, None, []) if
+    there are no checkpoints. Raise CheckpointError if there are some and none verifies."""
     directories = checkpoints(log_dir)
     skipped = []
     for directory in reversed(directories.values()):
@@ -176,10 +161,8 @@ def newest(log_dir: Path) -> tuple[Path | None, dict | None, list[str]]:
         except CheckpointError as e:
             skipped.append(str(e))
     if skipped:
-        raise CheckpointError(
-            f"--resume: none of the {len(skipped)} checkpoints in {log_dir} verifies: {skipped[0]}; "
-            "restore one, or start a new run without --resume"
-        )
+        message = f"--resume: none of the {len(skipped)} checkpoints in {log_dir} verifies: {skipped[0]}"
+        raise CheckpointError(f"{message}; restore one, or start a new run without --resume")
     return None, None, []
 
 
@@ -189,9 +172,6 @@ def verify(directory: Path) -> dict:
     for name, expected in record["files"].items():
         path = directory / name
         try:
-            size = path.stat().st_size
-            if size != expected["bytes"]:
-                raise CheckpointError(f"{path}: expected {expected['bytes']:,} bytes, found {size:,}")
             if sha256(path) != expected["sha256"]:
                 raise CheckpointError(f"{path}: does not match its SHA-256")
         except OSError as e:
@@ -224,10 +204,7 @@ def read_record(path: Path) -> dict:
 
 
 def load(directory: Path) -> tuple[GPT, dict]:
-    """Return the model and the trainer state of a checkpoint that has been verified, on the CPU.
-
-    Raise UserError if the files are not what a run writes. Code in them is refused and never runs.
-    """
+    """Return model and trainer state of a checkpoint, on the CPU. Raise UserError. Code in the files never runs."""
     with errors_of(f"{directory}: cannot be loaded"):
         state = torch.load(directory / "trainer_state.pt", map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not {"optimizer", "scaler"} <= state.keys():

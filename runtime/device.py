@@ -1,7 +1,6 @@
 """What the device can do: precision, compiling, speed, memory."""
 
 from errors import UserError
-
 import contextlib
 import ctypes
 import re

@@ -1,7 +1,6 @@
 """The processes (ranks) of a run, what they agree on, and the signals that stop them."""
 
 from errors import UserError, first_line, print_error
-
 import contextlib
 import os
 import signal
@@ -19,10 +18,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class Distributed:
-    """The ranks of a run and this one's place among them; without torchrun there is one.
+    """The ranks of a run, without torchrun one; a context manager that connects and disconnects them.
 
-    A context manager that connects the ranks and disconnects them. What only one rank can decide, the main rank does
-    (`from_main`); what can fail on one rank fails on all (`agree`).
+    What only one rank can decide, the main rank does (`from_main`); what can fail on one rank fails on all (`agree`).
     """
 
     def __init__(self):
@@ -34,12 +32,9 @@ class Distributed:
             names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
             values = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
             raise UserError(f"{values}: do not fit together; start ranks with torchrun")
+        self.is_main = self.rank == 0
         self.device = torch.device("cpu")
         self.timeout = 600.0  # seconds, until set_timeout
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
     def __enter__(self) -> "Distributed":
         if self.size > 1:
@@ -172,11 +167,8 @@ def read_environment(name: str, default: int) -> int:
 
 
 class StopSignals:
-    """SIGTERM and SIGINT ask the run to finish its step, save a checkpoint and stop.
-
-    A second signal ends the process at once if it comes more than a second later: a signal sent to every process of a
-    job reaches a rank twice, directly and from torchrun.
-    """
+    """SIGTERM and SIGINT ask the run to finish its step, save a checkpoint and stop. A second one, over a second later,
+    ends the process at once. (One that is sent to every process of a job reaches a rank twice, also from torchrun.)"""
 
     numbers = (signal.SIGTERM, signal.SIGINT)
 

@@ -1,7 +1,6 @@
 """Files that are complete or absent."""
 
 from errors import UserError, first_line
-
 import contextlib
 import os
 from collections.abc import Iterator

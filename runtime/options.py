@@ -1,7 +1,6 @@
 """Command lines from dataclasses: each field of a script's options class is one option."""
 
 from errors import UserError
-
 import argparse
 import difflib
 import os
@@ -89,13 +88,6 @@ def path(name: str) -> Path:
     """Return the path of this name. An empty one would be the working directory."""
     if not name:
         raise argparse.ArgumentTypeError("is empty")
-    return Path(name)
-
-
-def input_file(name: str) -> Path:
-    """Return the path of a file that exists."""
-    if not os.path.isfile(name):
-        raise argparse.ArgumentTypeError(f"no such file: {name}")
     return Path(name)
 
 

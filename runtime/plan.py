@@ -1,7 +1,6 @@
 """How flags, preset, checkpoint and data become the final configuration of a run."""
 
 from errors import UserError
-
 import math
 import os
 import re
@@ -32,10 +31,7 @@ MACHINE_OPTIONS = "device", "dtype", "compile", "micro_batch_size"
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions about a run, the same on all ranks.
-
-    In the draft of merge_flags, options that depend on the data or the device are still None or "auto".
-    """
+    """The decisions about a run. In merge_flags' draft, what depends on data or device is still None or "auto"."""
 
     flags: dict  # the options that were typed
     config: TrainConfig
@@ -53,10 +49,7 @@ class Plan:
 
 
 def merge_flags(flags: dict, ranks: int) -> Plan:
-    """Merge the flags that were typed with the checkpoint, --init_from, the preset and the defaults.
-
-    What depends on the data is left open, for make_plan. Raise UserError.
-    """
+    """Merge flags, checkpoint, --init_from, preset and defaults; leave open what make_plan decides. Raise UserError."""
     resume_from, record, lines = find_checkpoint(flags)
     machine_flags = {name: flags[name] for name in MACHINE_OPTIONS if name in flags}
     vocab_size, options = GPTConfig.vocab_size, {}
@@ -189,36 +182,24 @@ def resolve_machine_options(config: TrainConfig, model: GPT, dist: Distributed) 
     """Return the configuration with precision, micro-batch and compiling decided, and why it is not compiled."""
     free, needed = free_memory(config.device, dist.local_size), 4 * model.num_parameters()
     if needed > free:
-        raise UserError(
-            f"the model does not fit into memory: its weights take {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB "
-            "are free; try a smaller --preset"
-        )
+        sizes = f"its weights take {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
+        raise UserError(f"the model does not fit into memory: {sizes}; try a smaller --preset")
     dtype = choose_dtype(config.dtype, config.device)
-    sequences = sequences_per_step(config, dist.size)  # of each rank
+    T, ranks, total = config.seq_len, dist.size, config.total_batch_size
+    sequences, rest = divmod(total, T * ranks)  # of each rank
+    if rest:
+        near = " and ".join(str(n * T * ranks) for n in (sequences, sequences + 1) if n)
+        hint = f", or {divisor_up_to(ranks, total // T)} ranks" if ranks > 1 and total % T == 0 else ""
+        product = f"{T * ranks} = seq_len {T} × {ranks} rank{'s' * (ranks > 1)}"
+        raise UserError(f"--total_batch_size {total}: not a multiple of {product}; {near} would be{hint}")
     B = config.micro_batch_size or divisor_up_to(estimate_micro_batch_size(model, free), sequences)
     if sequences % B:
-        raise UserError(
-            f"--micro_batch_size {B}: does not divide the {sequences} sequences of a step and rank; "
-            f"{divisor_up_to(B, sequences)} would"
-        )
+        hint = f"{divisor_up_to(B, sequences)} would"
+        raise UserError(f"--micro_batch_size {B}: does not divide the {sequences} sequences of a step and rank; {hint}")
     # The whole run counts, and not what is left of it: a resumed run is compiled if the first part was.
     flops = model.flops_per_token() * config.total_batch_size * config.max_steps
     reason = eager_reason(config.compile, config.device, flops / dist.size)
     return replace(config, dtype=dtype, micro_batch_size=B, compile="off" if reason else "on"), reason
-
-
-def sequences_per_step(config: TrainConfig, ranks: int) -> int:
-    """Return the sequences per optimizer step and rank. Raise UserError if they do not add up to the total batch."""
-    T, total = config.seq_len, config.total_batch_size
-    sequences, rest = divmod(total, T * ranks)
-    if rest:
-        near = " and ".join(str(n * T * ranks) for n in (sequences, sequences + 1) if n)
-        hint = f", or {divisor_up_to(ranks, total // T)} ranks" if ranks > 1 and total % T == 0 else ""
-        raise UserError(
-            f"--total_batch_size {total}: not a multiple of {T * ranks} = seq_len {T} × {ranks} "
-            f"rank{'s' * (ranks > 1)}; {near} would be{hint}"
-        )
-    return sequences
 
 
 def divisor_up_to(limit: int, n: int) -> int:

@@ -1,7 +1,6 @@
 """What a run leaves in its directory and prints on the terminal."""
 
 from errors import UserError, first_line, silence
-
 import contextlib
 import json
 import os
@@ -168,8 +167,8 @@ class RunLog:
         fields = f"{stats.loss:.9g},{stats.lr:.9g},{stats.grad_norm:.9g},{stats.seconds:.6g}"
         self.write("steps.csv", f"{step},{tokens},{fields}")
         if self.wandb is not None:
-            values = dict(train=stats.loss, lr=stats.lr, norm=stats.grad_norm, tokens=tokens, tokens_per_second=speed)
-            self.wandb.log(step, **values)
+            numbers = dict(train=stats.loss, lr=stats.lr, norm=stats.grad_norm)
+            self.wandb.log(step, **numbers, tokens=tokens, tokens_per_second=speed)
         shown = f"{speed:,.0f} tok/s, MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {stats.loss:.4f}, {shown}", refresh=False)
@@ -202,14 +201,9 @@ class RunLog:
 def run_metadata(config: TrainConfig, ranks: int, parameters: int, train_tokens: int) -> dict:
     """Return what to know of a run later: the content of run.json."""
     git = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return dict(
-        config=asdict(config),
-        git_commit=git.stdout.strip() if git and git.returncode == 0 else None,
-        versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
-        device=torch.cuda.get_device_name() if config.device == "cuda" else config.device,
-        ranks=ranks,
-        machine=platform.machine(),
-        threads=torch.get_num_threads(),
-        parameters=parameters,
-        train_tokens=train_tokens,
-    )
+    commit = git.stdout.strip() if git and git.returncode == 0 else None
+    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+    device = torch.cuda.get_device_name() if config.device == "cuda" else config.device
+    machine = dict(device=device, machine=platform.machine(), threads=torch.get_num_threads(), ranks=ranks)
+    counts = dict(parameters=parameters, train_tokens=train_tokens)
+    return dict(config=asdict(config), git_commit=commit, versions=versions, **machine, **counts)

@@ -7,7 +7,6 @@ A shard is a flat array of uint16 token ids in one of two formats:
 """
 
 from errors import UserError, first_line
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,6 @@
 """What the tests share: the scripts run as a user runs them, on models small enough for a test."""
 
 from errors import run_script
-
 import contextlib
 import csv
 import io

@@ -1,7 +1,6 @@
 """Runs of train_gpt2.py that are as small as they get, and what they left, changed by somebody with bad intentions."""
 
 from errors import run_script
-
 import hashlib
 import json
 from pathlib import Path

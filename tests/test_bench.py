@@ -1,7 +1,6 @@
 """bench.py: every variant runs, in a child as its user runs it, and the ratios in its tables are right."""
 
 from errors import run_script
-
 import json
 import re
 from argparse import Namespace

@@ -1,7 +1,6 @@
 """Every mistake a user can make: one line that names the file or flag and the fix, exit status 2, nothing written."""
 
 from errors import UserError, run_script
-
 import json
 import math
 import os

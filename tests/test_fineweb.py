@@ -1,7 +1,6 @@
 """fineweb.py against a straightforward loop over the documents, killed at random moments, and over a small hub."""
 
 from errors import run_script
-
 import contextlib
 import errno
 import gzip

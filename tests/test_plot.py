@@ -1,7 +1,6 @@
 """plot.py: the picture holds what was logged."""
 
 from errors import run_script
-
 import json
 import shutil
 import statistics

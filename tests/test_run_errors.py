@@ -1,7 +1,6 @@
 """What goes wrong for a user of train_gpt2.py: one line on stderr, the right exit status, and no file touched."""
 
 from errors import run_script
-
 import errno
 import hashlib
 import json

@@ -1,7 +1,6 @@
 """sample.py as its user runs it: prompts from everywhere, text as it comes, characters never cut."""
 
 from errors import run_script
-
 import json
 import os
 import pty

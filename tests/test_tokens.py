@@ -1,7 +1,6 @@
 """tokens.py against the published ids, the `transformers` tokenizer, and files that are not what they should be."""
 
 from errors import UserError
-
 import errno
 import json
 import os
