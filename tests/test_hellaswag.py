@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hellaswag
-from conftest import ROOT, SMALL, perturbed, read_log, run
+from conftest import ROOT, SMALL, launcher, perturbed, read_log, run, run_in_process
 from model import GPT, GPTConfig
 
 RECORDS = ROOT / "tests/data/hellaswag_100.jsonl"
@@ -275,30 +275,22 @@ def test_download_is_verified_and_complete_or_absent(tmp_path, monkeypatch):
     assert hellaswag.find_file() == file  # without a server
 
 
-TRAINING = """
-import sys
-sys.path.insert(0, {root!r})
-import hellaswag, train_gpt2
-from pathlib import Path
-hellaswag.FILE = Path({file!r})
-sys.exit(train_gpt2.main())
-"""
-
-
-def test_hellaswag_in_training_matches_script(tmp_path, text):
-    records, script = tmp_path / "records.jsonl", tmp_path / "train.py"
+def test_hellaswag_in_training_matches_script(tmp_path, text, monkeypatch):
+    records = tmp_path / "records.jsonl"
     records.write_text("".join(RECORDS.read_text().splitlines(keepends=True)[:25]))
-    script.write_text(TRAINING.format(root=str(ROOT), file=str(records)))
+    monkeypatch.setattr(hellaswag, "FILE", records)
+    fault = f"import hellaswag, pathlib; hellaswag.FILE = pathlib.Path({str(records)!r})"
     flags = *SMALL, "--data", text, "--seq_len", 128, "--hellaswag_every", 1, "--max_steps", 2, "--eval_every", 0
-    values = []
-    for ranks, compiled in (1, "off"), (1, "on"), (2, "on"):
-        log = tmp_path / f"log{ranks}"
-        run(script, *flags, "--log_dir", log, "--micro_batch_size", 1, "--compile", compiled, ranks=ranks)
-        values.append(read_log(log, "hella"))
-    assert list(values[0]) == [0, 1, 2] and values[0] == values[1] == values[2]
-    run("hellaswag.py", "-m", tmp_path / "log1/step_000002", "--data", records, "--json", tmp_path / "numbers.json")
-    numbers = json.loads((tmp_path / "numbers.json").read_text())
-    assert numbers["build-nanogpt"]["acc_norm"]["value"] == pytest.approx(float(values[0][2]))
+    flags += "--micro_batch_size", 1
+    run_in_process(*flags, "--log_dir", tmp_path / "one")
+    launcher().launch(*flags, "--log_dir", tmp_path / "two", "--compile", "on", ranks=2, fault=fault, timeout=240)
+    values = read_log(tmp_path / "one", "hella")
+    assert list(values) == [0, 1, 2] and values == read_log(tmp_path / "two", "hella")
+    numbers = tmp_path / "numbers.json"
+    line = "-m", tmp_path / "one/step_000002", "--data", records, "--json", numbers, "--device", "cpu"
+    assert run_script(hellaswag.main, [*map(str, line)]) == 0
+    value = json.loads(numbers.read_text())["build-nanogpt"]["acc_norm"]["value"]
+    assert value == pytest.approx(float(values[2]))
 
 
 # lm-evaluation-harness itself
@@ -327,8 +319,8 @@ def lm_eval_counts(directory, path, n, tmp_path) -> dict[str, int]:
     return {metric: round(results[f"{metric},none"] * n) for metric in ("acc", "acc_norm")}
 
 
+@pytest.mark.slow
 def test_lm_eval_counts_the_same(model_dir, tmp_path):
-    pytest.importorskip("lm_eval")
     model = GPT.from_pretrained(model_dir).eval()
     examples = hellaswag.read_examples(RECORDS, hellaswag.render_lm_eval)
     result = hellaswag.compute_accuracy(hellaswag.score(model, examples, 2000)[0], examples)
@@ -345,7 +337,6 @@ VALIDATION_SET = next(
 @pytest.mark.parametrize("which", ["trained", "124M"])
 def test_a_thousand_records(tmp_path, which):
     """A small trained model, and a random one of the 124M shape: all four numbers, and lm-eval's two."""
-    pytest.importorskip("lm_eval")
     directory = tmp_path / "log/step_000060"
     if which == "trained":
         flags = "--preset", "tiny", "--seq_len", 256, "--max_steps", 60, "--log_dir", tmp_path / "log"

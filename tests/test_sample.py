@@ -1,6 +1,7 @@
 """sample.py as its user runs it: prompts from everywhere, text as it comes, characters never cut."""
 
 from errors import run_script
+import io
 import json
 import os
 import pty
@@ -70,19 +71,24 @@ def test_greedy_text_is_that_of_transformers(model_dir):
     assert run("sample.py", *flags).stdout == tokenizer.decode(ids[0], clean_up_tokenization_spaces=False) + "\n"
 
 
-def test_prompts_of_all_kinds_for_the_newest_checkpoint(model_dir, tmp_path):
+def test_prompts_of_all_kinds_for_the_newest_checkpoint(model_dir, tmp_path, monkeypatch, capsys):
+    def output(*more, stdin: str | None = None) -> str:
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        assert run_script(sample.main, [*map(str, flags), *map(str, more)]) == 0
+        return capsys.readouterr().out
+
     (tmp_path / "log/step_000007").mkdir(parents=True)  # nothing in it: it must not be the one that is taken
     shutil.copytree(model_dir, tmp_path / "log/step_000012")
     (tmp_path / "beginning.txt").write_text("Straße\n")
     flags = "--num_samples", 2, "--max_new_tokens", 40, "--device", "cpu"
-    kwargs = dict(cwd=tmp_path)
-    by_flag = run("sample.py", *flags, "--prompt", "Straße", **kwargs).stdout
+    monkeypatch.chdir(tmp_path)
+    by_flag = output("--prompt", "Straße")
     assert by_flag.count("Straße") >= 2 and by_flag.count("-" * 80) == 2
     first, second, _ = by_flag.split("-" * 80 + "\n")
     assert first != second
-    assert run("sample.py", *flags, "--prompt_file", "beginning.txt", **kwargs).stdout == by_flag
-    assert run("sample.py", *flags, input="Straße\n", **kwargs).stdout == by_flag
-    assert run("sample.py", *flags, "--seed", 2, input="Straße\n", **kwargs).stdout != by_flag
+    assert output("--prompt_file", "beginning.txt") == by_flag
+    assert output(stdin="Straße\n") == by_flag
+    assert output("--seed", 2, stdin="Straße\n") != by_flag
 
 
 def test_a_session_at_a_terminal(model_dir):

@@ -66,17 +66,17 @@ def test_interrupt_during_work(here, script):
     interrupt(start(command(script, *SCRIPTS[script][2].split()), here))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
-    "encoding, redirection, status",
+    "encoding, redirection, status, script",
     [
-        ("ascii", "2>&-", None),
-        ("utf-8", ">&-", None),
-        ("utf-8", ">/dev/full", 4),
-        ("cp1252", "| head -1", 0),
+        *(("ascii", "2>&-", None, script) for script in SCRIPTS),
+        ("utf-8", ">&-", None, "sample.py"),
+        ("utf-8", ">/dev/full", 4, "plot.py"),
+        ("utf-8", ">/dev/full", 4, "hellaswag.py"),
+        ("cp1252", "| head -1", 0, "bench.py"),
     ],
 )
-def test_output_streams(here, script, encoding, redirection, status):
+def test_output_streams(here, encoding, redirection, status, script):
     flags, quick, _ = SCRIPTS[script]
     if status is not None and quick:  # its quick command prints nothing on stdout
         flags, quick = "--help", 0
