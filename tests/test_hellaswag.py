@@ -59,14 +59,14 @@ def baseline_scores(directory, records, rendering, block_size=256):
 
 @pytest.fixture(scope="module")
 def records():
-    return [json.loads(line) for line in RECORDS.read_text().splitlines()]
+    return [json.loads(line) for line in RECORDS.read_text().splitlines()[:50]]
 
 
 @pytest.mark.parametrize("rendering", hellaswag.RENDERINGS)
 def test_equals_the_baseline_for_every_batch_size(model_dir, records, rendering):
     expected, lengths = baseline_scores(model_dir, records, rendering)
     model = GPT.from_pretrained(model_dir).eval()
-    examples = hellaswag.read_examples(RECORDS, hellaswag.RENDERINGS[rendering])
+    examples = hellaswag.read_examples(RECORDS, hellaswag.RENDERINGS[rendering], limit=50)
     labels = torch.tensor([record["label"] for record in records])
     for batch_tokens in 1, 1000, 100_000:
         scores, cut = hellaswag.score(model, examples, batch_tokens)
@@ -78,7 +78,7 @@ def test_equals_the_baseline_for_every_batch_size(model_dir, records, rendering)
         assert torch.equal((scores / lengths_read).argmax(1), (expected / lengths).argmax(1))
         assert result.acc == (expected.argmax(1) == labels).sum()
         assert result.acc_norm == ((expected / lengths).argmax(1) == labels).sum()
-        assert 10 < result.acc < 50  # some are right and some are wrong
+        assert 5 < result.acc < 25  # some are right and some are wrong
 
 
 def test_long_contexts_are_cut_on_the_left_and_counted(model_dir, records, tmp_path):
@@ -86,7 +86,7 @@ def test_long_contexts_are_cut_on_the_left_and_counted(model_dir, records, tmp_p
     model.crop_block_size(60)
     model.save_pretrained(tmp_path)
     expected, _ = baseline_scores(tmp_path, records, "build-nanogpt", block_size=60)
-    examples = hellaswag.read_examples(RECORDS, hellaswag.render_nanogpt)
+    examples = hellaswag.read_examples(RECORDS, hellaswag.render_nanogpt, limit=50)
     scores, cut = hellaswag.score(model, examples, 2000)
     torch.testing.assert_close(scores, expected, atol=1e-3, rtol=0)
     assert cut == sum(len(e.context) + max(map(len, e.endings)) - 1 > 60 for e in examples) > 5
