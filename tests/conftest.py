@@ -13,6 +13,7 @@ import time
 from functools import cache
 from pathlib import Path
 from textwrap import indent
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,11 +22,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 
+import plot  # noqa: E402
 import train_gpt2  # noqa: E402
 from launcher import Finished, Launcher  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from runs import TINY, write_shards  # noqa: E402
-from runtime import checkpoint  # noqa: E402
+from runtime import checkpoint, runlog  # noqa: E402
+
+# Drawing curves.png takes as long as a test's steps: runs leave an empty one, but for a test with `drawn_curves`.
+runlog.plot = SimpleNamespace(draw=lambda log_dirs, file: file.touch())
 
 # A job that a shell has put into the background ignores Ctrl-C, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -207,6 +212,12 @@ def perturbed(config: GPTConfig, seed: int = 0, std: float = 0.05) -> GPT:
 def record(step: int, **values) -> dict:
     """Return the record of a checkpoint of no particular run."""
     return dict(step=step, ranks=1, flags={}, config={}, data={}, evaluated=False, validation_loss=None) | values
+
+
+@pytest.fixture
+def drawn_curves(monkeypatch) -> None:
+    """Let runs draw their curves."""
+    monkeypatch.setattr(runlog, "plot", plot)
 
 
 @pytest.fixture(scope="session")

@@ -87,7 +87,7 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys, make, message):
     assert not (tmp_path / "log/curves.png").exists()
 
 
-def test_without_matplotlib_a_run_says_so_and_ends_well(tmp_path, text, monkeypatch, capsys):
+def test_without_matplotlib_a_run_says_so_and_ends_well(tmp_path, text, monkeypatch, capsys, drawn_curves):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     flags = *SMALL, "--data", text, "--log_dir", tmp_path / "log", "--max_steps", 1
     assert train_gpt2.main([*map(str, flags)]) == 0

@@ -294,7 +294,7 @@ def test_ctrl_c_that_also_ends_the_reader_saves_a_checkpoint(tmp_path, text):
     assert (tmp_path / f"step_{len(read_log(tmp_path)):06d}/checkpoint.json").exists()
 
 
-def test_log_files_and_checkpoints_of_a_run(tmp_path, text):
+def test_log_files_and_checkpoints_of_a_run(tmp_path, text, drawn_curves):
     done = train(text, tmp_path, "--sample_every", 8, "--keep", 1, "--save_every", 2)
     lines = (tmp_path / "log.txt").read_text().splitlines()
     expected = "0 val,0 train,1 train,2 train,3 train,4 val,4 train,5 train,6 train,7 train,8 val"
