@@ -214,6 +214,11 @@ def record(step: int, **values) -> dict:
     return dict(step=step, ranks=1, flags={}, config={}, data={}, evaluated=False, validation_loss=None) | values
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest test, so that no core waits for it at the end."""
+    items.sort(key=lambda item: "test_notebook_runs" not in item.name)
+
+
 @pytest.fixture
 def drawn_curves(monkeypatch) -> None:
     """Let runs draw their curves."""
