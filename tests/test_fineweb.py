@@ -125,7 +125,7 @@ def test_limit_tokens(tmp_path, parquet, documents):
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_change_no_byte(tmp_path, parquet, kills):
     """Slowed down by many small shards, each of which is flushed to the disk."""
-    flags = "--files", f"{parquet}/*.parquet", "--shard_size", 2500, "--num_proc", 2
+    flags = "--files", f"{parquet}/*.parquet", "--shard_size", 800, "--num_proc", 2
     run("fineweb.py", *flags, "--out_dir", tmp_path / "uncut")
     rng, killed = random.Random(kills), 0
     target = len(contents(tmp_path / "uncut"))
