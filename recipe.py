@@ -41,18 +41,16 @@ class TrainConfig:
     n_embd: int = option(768, "number of channels", low=1, high=2**24)
     bias: bool = option(True, "use biases in linear layers and LayerNorms, as GPT-2 does")
     data: str | None = option(
-        None, "token shards or text file (default: edu_fineweb10B/, else input.txt)", metavar="PATH"
+        None, "directory of token shards, or UTF-8 text file (default: edu_fineweb10B/, else input.txt)", metavar="PATH"
     )
     log_dir: str = option("log", "directory for the log and the checkpoints", metavar="DIR")
     init_from: str | None = option(
-        None, "fine-tune this directory or model of the hub, whose shape it takes, at a max_lr of 3e-5", metavar="MODEL"
+        None, "fine-tune this model, a directory or hub name: sets shape, seq_len and a constant 3e-5", metavar="MODEL"
     )
-    resume: str | None = option(
-        None, "resume from the checkpoint DIR, or without DIR from the newest in log_dir", const="newest", metavar="DIR"
-    )
+    resume: str | None = option(None, "resume from DIR, or from the newest in log_dir", const="newest", metavar="DIR")
     max_steps: int | None = option(None, "steps; 0 only evaluates (default: one epoch of shards, 19,073 at most)")
     total_batch_size: int = option(524288, "tokens per optimizer step, over all ranks", low=1)
-    micro_batch_size: int | None = option(None, "sequences per forward pass (default: as many as fit)", low=1)
+    micro_batch_size: int | None = option(None, "sequences per pass and rank (default: as many as fit)", low=1)
     seq_len: int = option(1024, "tokens per sequence: the context of the model", low=1, high=2**24)
     max_lr: float = option(6e-4, "learning rate after warm-up")
     min_lr: float | None = option(None, "learning rate at the end (default: max_lr / 10)")
@@ -67,7 +65,7 @@ class TrainConfig:
     seed: int = option(1337, "seed of initial weights, data order and dropout", high=2**31)
     device: str = option("auto", "auto takes cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option(
-        "auto", "precision; auto takes the fastest of the device", choices=("auto", "float32", "bfloat16", "float16")
+        "auto", "auto: bfloat16 if built in, or float16 on cuda", choices=("auto", "float32", "bfloat16", "float16")
     )
     compile: str = option("auto", "use torch.compile; auto where it saves time", choices=("auto", "on", "off"))
     eval_every: int = option(250, "steps between evaluations of the validation loss; 0 for none")

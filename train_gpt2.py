@@ -351,7 +351,7 @@ class Trainer:
         out_of_memory, compile_error = False, ""
         try:
             self.use_memory_of_a_step(B, communicate)
-        except Exception as e:  # not kept: its traceback holds the frame of run_passes, and all that was made there
+        except Exception as e:  # not kept: its traceback holds that function's frame, and all that was made there
             out_of_memory = is_out_of_memory(e)
             if not out_of_memory and not isinstance(e, torch._dynamo.exc.TorchDynamoException):
                 raise

@@ -28,8 +28,7 @@ from tokens import VOCAB_SIZE, sha256
 
 UNFINISHED = ".unfinished-"  # prefix of what is being written or deleted, which is no checkpoint
 LOGS = "log.txt", "steps.csv"
-# The entries of checkpoint.json and their types.
-RECORD = dict(step=int, ranks=int, flags=dict, config=dict, data=dict, evaluated=bool, files=dict)
+RECORD = dict(step=int, ranks=int, flags=dict, config=dict, data=dict, evaluated=bool, files=dict)  # in checkpoint.json
 
 
 class CheckpointError(UserError):
@@ -172,6 +171,9 @@ def verify(directory: Path) -> dict:
     for name, expected in record["files"].items():
         path = directory / name
         try:
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                raise CheckpointError(f"{path}: expected {expected['bytes']:,} bytes, found {size:,}")
             if sha256(path) != expected["sha256"]:
                 raise CheckpointError(f"{path}: does not match its SHA-256")
         except OSError as e:

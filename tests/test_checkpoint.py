@@ -82,7 +82,7 @@ def test_resume_with_only_damaged_checkpoints_is_refused(log, text):
     assert error.startswith(
         f"train_gpt2.py: error: --resume: none of the 2 checkpoints in {log} verifies: {log}/step_00"
     )
-    assert "trainer_state.pt: does not match its SHA-256" in error and error.count("\n") == 1
+    assert "trainer_state.pt: expected " in error and error.count("\n") == 1
     assert sorted(log.rglob("*")) == before
 
 
