@@ -8,26 +8,20 @@ divides them by the endings' lengths, in tokens (build-nanogpt; in the training 
 """
 
 from errors import UserError, run_script
-import hashlib
 import json
 import math
 import re
 import sys
-import urllib.request
 from collections import namedtuple
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
-from tqdm import tqdm
 
-from model import GPT
-from runtime import checkpoint
-from runtime.device import choose_device, tune_malloc
-from runtime.files import write_atomically
+from runtime.distributed import Distributed
+from runtime.files import download, write_atomically
 from runtime.options import option, output_file, parse_options
+from scoring import Example, Scorer, Scores, ScoringOptions
 from tokens import gpt2_encoding
 
 FILE = Path(__file__).resolve().parent / "hellaswag" / "hellaswag_val.jsonl"
@@ -41,30 +35,19 @@ Result = namedtuple("Result", "acc acc_norm near_ties")
 def find_file() -> Path:
     """Return the validation set's file, downloaded on first use and checked. Raise UserError."""
     if not FILE.exists():
-        try:
-            FILE.parent.mkdir(exist_ok=True)
-            with urllib.request.urlopen(URL, timeout=30) as response:
-                content = response.read()
-            if hashlib.sha256(content).hexdigest() != SHA256:
-                raise OSError(f"found {len(content):,} bytes that do not have the expected SHA-256 {SHA256}")
-        except (OSError, HTTPException) as e:
-            raise UserError(f"no {FILE}, and it could not be downloaded ({e}); put it there from {URL}", 4) from None
-        with write_atomically(FILE) as f:
-            f.write(content)
+        download(URL, FILE, SHA256)
     return FILE
 
 
 @dataclass(frozen=True)
-class Example:
+class Question(Example):
     """A context and four endings."""
 
-    context: list[int]  # token ids
-    endings: list[list[int]]  # token ids
     lengths: list[float]  # acc_norm divides the endings' log-probabilities by these
     label: int  # number of the right ending
 
 
-def read_examples(path: Path, render, limit: int | None = None) -> list[Example]:
+def read_examples(path: Path, render, limit: int | None = None) -> list[Question]:
     """Return the first `limit` records of a HellaSwag file, rendered. Raise UserError if one is not a record."""
     examples = []
     for line, text in enumerate(path.read_bytes().splitlines()[:limit], start=1):
@@ -75,8 +58,8 @@ def read_examples(path: Path, render, limit: int | None = None) -> list[Example]
                 raise ValueError("expected four endings that are not empty")
             if label not in range(4):
                 raise ValueError(f"expected a label from 0 to 3, found {label}")
-            example = Example(*render(record), label)
-            if not example.context or not all(example.endings):
+            example = Question(*render(record), label)
+            if not example.context or not all(example.continuations):
                 raise ValueError("nothing is left of the context or an ending")
         except Exception as e:  # of many types, by what the record holds instead
             reason = f"lacks {e}" if isinstance(e, KeyError) else e
@@ -105,80 +88,9 @@ def render_lm_eval(record: dict) -> tuple[list[int], list[list[int]], list[float
     return prefix, [tokens[len(prefix) :] for tokens in both], [len(ending) for ending in endings]
 
 
-@dataclass(frozen=True)
-class Row:
-    """A sequence of a context and endings, each of which attends to the context and to itself: it is computed once."""
-
-    context: list[int]
-    endings: dict[int, list[int]]  # by example · 4 + choice
-
-    def __len__(self) -> int:
-        return len(self.context) + sum(len(ending) - 1 for ending in self.endings.values())  # the last predicts nothing
-
-
-def make_rows(examples: list[Example], block_size: int) -> tuple[list[Row], int]:
-    """Return rows, longest first, and how many contexts were cut on the left to fit into block_size."""
-    rows, cut = [], 0
-    for i, e in enumerate(examples):
-        longest = max(map(len, e.endings))
-        if longest > block_size:
-            raise UserError(f"line {i + 1}: an ending of {longest} tokens, but the model's context is {block_size}")
-        endings = dict(enumerate(e.endings, start=4 * i))
-        if len(e.context) + longest - 1 <= block_size:
-            rows.append(Row(e.context, endings))
-        else:  # each ending with as much of the context as fits before it
-            cut += 1
-            rows += [Row(e.context[-(block_size - len(end) + 1) :], {owner: end}) for owner, end in endings.items()]
-    return sorted(rows, key=len, reverse=True), cut
-
-
-def score_batch(model: GPT, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return for each token of the endings its ending (example · 4 + choice) and its log-probability, both (n,)."""
-    B, S = len(rows), len(rows[0])
-    batch = torch.zeros(3, B, S, dtype=torch.int64)
-    idx, pos, part = batch  # (B, S) each; part tells the endings apart, and is 0 for the context and padding
-    source, target, owners = [], [], []  # where a scored token is predicted, which it is, whose it is
-    for b, row in enumerate(rows):
-        n = end = len(row.context)
-        idx[b, :n] = torch.tensor(row.context)
-        pos[b, :n] = torch.arange(n)
-        for owner, ending in row.endings.items():
-            start, end = end, end + len(ending) - 1
-            idx[b, start:end] = torch.tensor(ending[:-1])
-            pos[b, start:end] = torch.arange(n, n + end - start)
-            part[b, start:end] = owner + 1
-            source += [b * S + n - 1, *range(b * S + start, b * S + end)]
-            target += ending
-            owners += [owner] * len(ending)
-    idx, pos, part = batch.to(model.transformer.wte.weight.device)
-    earlier = torch.ones(S, S, dtype=torch.bool, device=idx.device).tril()
-    mask = earlier & ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None]))  # (B, S, S)
-    x = model.hidden(idx, pos=pos, mask=mask[:, None]).view(B * S, -1)[source]  # (scored tokens, C)
-    # 512 tokens at a time: their logits are by far the largest thing here.
-    chunks = zip(x.split(512), torch.tensor(target, device=idx.device).split(512), strict=True)
-    losses = [F.cross_entropy(model.head(some_x), some_target, reduction="none") for some_x, some_target in chunks]
-    return torch.tensor(owners), -torch.cat(losses).cpu().double()
-
-
-@torch.inference_mode()
-def score(
-    model: GPT, examples: list[Example], batch_tokens: int, rank: int = 0, size: int = 1, progress: bool = False
-) -> tuple[torch.Tensor, int]:
-    """Return the endings' log-probabilities (n, 4), zeros for other ranks' part, and how many contexts were cut."""
-    rows, cut = make_rows(examples, model.config.block_size)
-    batches = []
-    while rows:  # rows of similar length together, up to batch_tokens with padding
-        n = max(1, batch_tokens // len(rows[0]))
-        batches.append(rows[:n])
-        rows = rows[n:]
-    scores = torch.zeros(len(examples) * 4, dtype=torch.float64)
-    for batch in tqdm(batches[rank::size], unit="batch", disable=not progress):  # neighbors take similar time
-        scores.index_add_(0, *score_batch(model, batch))
-    return scores.view(-1, 4).float(), cut
-
-
-def compute_accuracy(scores: torch.Tensor, examples: list[Example]) -> Result:
+def compute_accuracy(scores: Scores, examples: list[Question]) -> Result:
     """Compare the most likely endings, by sum and by sum over length, with the right ones."""
+    scores = scores.sums().view(-1, 4).float()
     labels = torch.tensor([e.label for e in examples])
     both = torch.stack([scores, scores / torch.tensor([e.lengths for e in examples])])  # (2, n, 4)
     acc, acc_norm = (both.argmax(dim=-1) == labels).sum(dim=-1).tolist()
@@ -193,47 +105,48 @@ PUBLISHED = {  # acc and acc_norm, per cent
 }
 
 
+def evaluate(scorer: Scorer, path: Path, limit: int | None = None) -> dict[str, dict]:
+    """Return the numbers of both renderings, by name. Raise UserError."""
+    numbers = {}
+    for name, render in RENDERINGS.items():
+        with scorer.dist.agree():
+            examples = read_examples(path, render, limit)
+        scores = scorer.score(examples, name=f"hellaswag, {name}")
+        n, result = len(examples), compute_accuracy(scores, examples)
+        numbers[name] = dict(n=n, near_ties=result.near_ties, contexts_cut=scores.n_cut)
+        for metric, correct in ("acc", result.acc), ("acc_norm", result.acc_norm):
+            p = correct / n
+            numbers[name][metric] = dict(correct=correct, value=p, stderr=math.sqrt(p * (1 - p) / max(1, n - 1)))
+    return numbers
+
+
 @dataclass(frozen=True)
-class Options:
+class Options(ScoringOptions):
     model: str = option("gpt2", "name on the hub, or directory", aliases=("-m", "--model_type"), metavar="MODEL")
-    device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto for the fastest", aliases=("-d",), metavar="DEVICE")
     data: Path | None = option(None, "HellaSwag file (default: download it once)", metavar="FILE")
     limit: int | None = option(None, "evaluate only the first N records (default: all)", low=1, metavar="N")
-    batch_tokens: int | None = option(None, "tokens at once (default: 1,024; 65,536 on CUDA)", low=1, metavar="N")
-    dtype: str = option("float32", "precision of the weights", choices=("float32", "bfloat16", "float16"))
     json: Path | None = option(None, "write the numbers to this file", type=output_file, metavar="FILE")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate a model in all four ways and print the results. Raise UserError."""
     args = Options(**parse_options(Options, argv, __doc__))
-    device = torch.device(choose_device(args.device))
-    tune_malloc()
     path = args.data or find_file()
     if not path.is_file():
         raise UserError(f"--data {path}: no such file")
-    model = checkpoint.load_model("--model", args.model).eval().to(device, getattr(torch, args.dtype))
-    torch.set_float32_matmul_precision("high")
-    batch_tokens = args.batch_tokens or (65536 if device.type == "cuda" else 1024)
-    numbers = dict(model=args.model, dtype=args.dtype)
-    for name, render in RENDERINGS.items():
-        examples = read_examples(path, render, args.limit)
-        scores, cut = score(model, examples, batch_tokens, progress=True)
-        if not scores.isfinite().all():
-            raise UserError(f"--model {args.model}: its log-probabilities in {args.dtype} are not finite")
-        n, result = len(examples), compute_accuracy(scores, examples)
+    numbers = evaluate(args.open(Distributed()), path, args.limit)
+    for name, found in numbers.items():
+        n = found["n"]
         if n != N_RECORDS and not args.limit:
             print(f"{path}: {n:,} records, where the validation set has {N_RECORDS:,}")
-        numbers[name] = dict(n=n, near_ties=result.near_ties, contexts_cut=cut)
-        for metric, correct, published in zip(("acc", "acc_norm"), result[:2], PUBLISHED[name], strict=True):
-            p = correct / n
-            error = math.sqrt(p * (1 - p) / max(1, n - 1))
-            numbers[name][metric] = dict(correct=correct, value=p, stderr=error)
+        for metric, published in zip(("acc", "acc_norm"), PUBLISHED[name], strict=True):
+            correct, p, error = found[metric].values()
             print(f"{name:14}{metric:9}{p:7.2%} ± {error:.2%}  ({correct:,}/{n:,})   published: {published}")
-        print(f"{name:14}decided by less than 1e-5: {result.near_ties}; contexts cut on the left: {cut}")
+        cut = found["contexts_cut"]
+        print(f"{name:14}decided by less than 1e-5: {found['near_ties']}; contexts cut on the left: {cut}")
     if args.json:
         with write_atomically(args.json) as f:
-            f.write((json.dumps(numbers, indent=2) + "\n").encode())
+            f.write((json.dumps(dict(model=args.model, dtype=args.dtype) | numbers, indent=2) + "\n").encode())
     return 0
 
 

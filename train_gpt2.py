@@ -31,6 +31,7 @@ from runtime.distributed import Distributed, StopSignals, read_environment
 from runtime.options import parse_options
 from runtime.plan import FULL_RUN, Plan, divisor_up_to, make_plan, merge_flags
 from runtime.runlog import RunLog, run_metadata
+from scoring import Scorer, make_rows
 from tokens import gpt2_encoding
 
 PRESET_LINES = "\n".join(
@@ -189,8 +190,7 @@ class Trainer:
         self.raw_model.eval()
         batch_tokens = self.config.micro_batch_size * self.config.seq_len
         with self.autocast:
-            scores, _ = hellaswag.score(self.raw_model, self.examples, batch_tokens, self.dist.rank, self.dist.size)
-        scores = self.dist.all_reduce(scores).cpu()
+            scores = Scorer(self.raw_model, batch_tokens, self.dist).score(self.examples)
         return hellaswag.compute_accuracy(scores, self.examples).acc_norm / len(self.examples)
 
     def generate_samples(self) -> list[str]:
@@ -293,13 +293,13 @@ class Trainer:
                 if self.scaler.is_enabled() and state["scaler"]:
                     self.scaler.load_state_dict(state["scaler"])
 
-    def read_hellaswag(self) -> list[hellaswag.Example] | None:
+    def read_hellaswag(self) -> list[hellaswag.Question] | None:
         """Return HellaSwag's examples; None if they are not evaluated, or cannot be had, which costs one line."""
         if not self.config.hellaswag_every or self.config.dry_run:
             return None
         try:
             examples = hellaswag.read_examples(hellaswag.find_file(), hellaswag.render_nanogpt)
-            hellaswag.make_rows(examples, self.config.seq_len)  # raises if one does not fit
+            make_rows(examples, self.config.seq_len + 1)  # raises if one does not fit
             return examples
         except UserError as e:
             if e.status == 2:

@@ -23,8 +23,9 @@ class Distributed:
     What only one rank can decide, the main rank does (`from_main`); what can fail on one rank fails on all (`agree`).
     """
 
-    def __init__(self):
+    def __init__(self, script: str = "train_gpt2.py"):
         """Read torchrun's environment. Raise UserError if it does not fit together."""
+        self.script = script  # which errors are of
         self.rank, self.size = read_environment("RANK", 0), read_environment("WORLD_SIZE", 1)
         self.local_rank = read_environment("LOCAL_RANK", 0)
         self.local_size = read_environment("LOCAL_WORLD_SIZE", 1)
@@ -53,7 +54,7 @@ class Distributed:
             return
         agreed = isinstance(error, UserError) and error.agreed
         if agreed and self.local_rank == 0:
-            print_error("train_gpt2.py", error, error.status)
+            print_error(self.script, error, error.status)
         if agreed or error is None:
             with self.agree():  # wait for the main rank, which may still write
                 pass

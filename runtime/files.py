@@ -2,10 +2,15 @@
 
 from errors import UserError, first_line
 import contextlib
+import hashlib
 import os
+import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
+
+from tqdm import tqdm
 
 
 @contextlib.contextmanager
@@ -29,3 +34,25 @@ def write_atomically(path: Path) -> Iterator[BinaryIO]:
     finally:
         if not is_device:
             partial.unlink(missing_ok=True)
+
+
+def download(url: str, path: Path, sha256: str | None = None) -> None:
+    """Download a file, with a progress bar, and check its SHA-256 if one is known. Raise UserError."""
+    content = bytearray()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=30) as response:
+            size = int(response.headers["Content-Length"] or 0)
+            with tqdm(total=size or None, desc=path.name, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+                while part := response.read(2**20):
+                    content += part
+                    bar.update(len(part))
+        if size and len(content) != size:
+            raise OSError(f"found {len(content):,} bytes of {size:,}")
+        if sha256 and hashlib.sha256(content).hexdigest() != sha256:
+            raise OSError(f"found {len(content):,} bytes that do not have the expected SHA-256 {sha256}")
+    except (OSError, HTTPException) as e:
+        message = f"no {path}, and it could not be downloaded ({first_line(e)})"
+        raise UserError(f"{message}; put it there from {url}", 4) from None
+    with write_atomically(path) as f:
+        f.write(content)

@@ -4,6 +4,7 @@ from errors import run_script
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,15 @@ import torch
 import hellaswag
 from conftest import ROOT, SMALL, launcher, perturbed, read_log, run, run_in_process
 from model import GPT, GPTConfig
+from scoring import Scorer, Scores
 
 RECORDS = ROOT / "tests/data/hellaswag_100.jsonl"
+
+
+def score(model, examples, batch_tokens, rank=0, size=1):
+    """The scores of one of several ranks, zeros for the others' part."""
+    one_rank = SimpleNamespace(rank=rank, size=size, is_main=True, all_reduce=lambda tensor: tensor)
+    return Scorer(model, batch_tokens, one_rank).score(examples)
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +77,13 @@ def test_equals_the_baseline_for_every_batch_size(model_dir, records, rendering)
     examples = hellaswag.read_examples(RECORDS, hellaswag.RENDERINGS[rendering], limit=50)
     labels = torch.tensor([record["label"] for record in records])
     for batch_tokens in 1, 1000, 100_000:
-        scores, cut = hellaswag.score(model, examples, batch_tokens)
+        found = score(model, examples, batch_tokens)
+        scores = found.sums().view(-1, 4).float()
         # Sums of up to 60 log-probabilities of about -11: float32 keeps four digits behind the point.
         torch.testing.assert_close(scores, expected, atol=1e-3, rtol=0)
-        result = hellaswag.compute_accuracy(scores, examples)
+        result = hellaswag.compute_accuracy(found, examples)
         lengths_read = torch.tensor([e.lengths for e in examples])
-        assert torch.equal(scores.argmax(1), expected.argmax(1)) and cut == 0
+        assert torch.equal(scores.argmax(1), expected.argmax(1)) and found.n_cut == 0
         assert torch.equal((scores / lengths_read).argmax(1), (expected / lengths).argmax(1))
         assert result.acc == (expected.argmax(1) == labels).sum()
         assert result.acc_norm == ((expected / lengths).argmax(1) == labels).sum()
@@ -87,24 +96,25 @@ def test_long_contexts_are_cut_on_the_left_and_counted(model_dir, records, tmp_p
     model.save_pretrained(tmp_path)
     expected, _ = baseline_scores(tmp_path, records, "build-nanogpt", block_size=60)
     examples = hellaswag.read_examples(RECORDS, hellaswag.render_nanogpt, limit=50)
-    scores, cut = hellaswag.score(model, examples, 2000)
-    torch.testing.assert_close(scores, expected, atol=1e-3, rtol=0)
-    assert cut == sum(len(e.context) + max(map(len, e.endings)) - 1 > 60 for e in examples) > 5
+    scores = score(model, examples, 2000)
+    torch.testing.assert_close(scores.sums().view(-1, 4).float(), expected, atol=1e-3, rtol=0)
+    assert scores.n_cut == sum(len(e.context) + max(map(len, e.continuations)) - 1 > 60 for e in examples) > 5
 
 
 def test_scores_of_ranks_add_up(model_dir):
     model = GPT.from_pretrained(model_dir).eval()
     examples = hellaswag.read_examples(RECORDS, hellaswag.render_nanogpt)
-    expected, _ = hellaswag.score(model, examples, 1000)
-    parts = [hellaswag.score(model, examples, 1000, rank, 3)[0] for rank in range(3)]
-    assert torch.equal(sum(parts), expected)
+    expected = score(model, examples, 1000).sums()
+    parts = [score(model, examples, 1000, rank, 3).sums().view(-1, 4) for rank in range(3)]
+    assert torch.equal(sum(parts).flatten(), expected)
     work = [sum(len(e.context) for e, row in zip(examples, part, strict=True) if row.any()) for part in parts]
     assert max(work) < 1.5 * min(work)
 
 
 def test_near_ties_are_counted():
-    example = hellaswag.Example([1], [[2]] * 4, [1, 1, 1, 1], 0)
-    scores = torch.tensor([[-1.0, -1.000001, -2, -3], [-1, -1.1, -2, -3], [-3, -3, -3, -1]])
+    example = hellaswag.Question([1], [[2]] * 4, [1, 1, 1, 1], 0)
+    sums = torch.tensor([[-1.0, -1.000001, -2, -3], [-1, -1.1, -2, -3], [-3, -3, -3, -1]])
+    scores = Scores(sums.flatten(), None, None, torch.ones(12, dtype=torch.int64), 0)
     assert hellaswag.compute_accuracy(scores, [example] * 3).near_ties == 1
 
 
@@ -141,11 +151,9 @@ def test_an_ending_longer_than_the_context_stops_with_its_line(model_dir):
     model = GPT.from_pretrained(model_dir).eval()
     model.crop_block_size(16)
     examples = hellaswag.read_examples(RECORDS, hellaswag.render_nanogpt)
-    line = next(i for i, e in enumerate(examples, start=1) if max(map(len, e.endings)) > 16)
-    with pytest.raises(
-        hellaswag.UserError, match=f"line {line}: an ending of .* tokens, but the model.s context is 16"
-    ):
-        hellaswag.score(model, examples, 1000)
+    line = next(i for i, e in enumerate(examples, start=1) if max(map(len, e.continuations)) > 16)
+    with pytest.raises(hellaswag.UserError, match=f"record {line}: .* tokens to score, but the model.s context is 16"):
+        score(model, examples, 1000)
 
 
 def test_the_script(model_dir, tmp_path):
@@ -157,7 +165,7 @@ def test_the_script(model_dir, tmp_path):
     model = GPT.from_pretrained(model_dir).eval()
     for name, render in hellaswag.RENDERINGS.items():
         examples = hellaswag.read_examples(RECORDS, render)
-        result = hellaswag.compute_accuracy(hellaswag.score(model, examples, 2000)[0], examples)
+        result = hellaswag.compute_accuracy(score(model, examples, 2000), examples)
         assert numbers[name]["n"] == 100 and numbers[name]["near_ties"] == result.near_ties
         for metric, correct in ("acc", result.acc), ("acc_norm", result.acc_norm):
             assert numbers[name][metric]["correct"] == correct
@@ -187,7 +195,7 @@ def test_the_script(model_dir, tmp_path):
         (["-m", ""], "--model: is empty"),
         (["-m", "MODEL", "--json", "x" * 300], "--json: cannot write xxx"),
         (["-m", "NAN"], "NAN: cannot be loaded as a GPT-2: "),
-        (["-m", "HUGE"], "HUGE: its log-probabilities in float16 are not finite"),
+        (["-m", "HUGE"], "the model's log-probabilities in float16 are not finite"),
         (["-m", "MODEL", "--limit", "ten"], "--limit: invalid int value: 'ten'"),
         (
             ["-m", "MODEL", "--json", "nowhere/x.json"],
@@ -212,7 +220,7 @@ def test_the_script_s_errors_are_one_line(model_dir, tmp_path, capsys, monkeypat
     status = run_script(hellaswag.main, [*map(str, flags)])
     out, err = capsys.readouterr()
     assert status == 2 and not out
-    lines = [line for line in err.splitlines() if line and "%|" not in line]  # of a progress bar
+    lines = [line for line in err.splitlines() if line.strip() and "%|" not in line]  # of a progress bar
     assert len(lines) == 1 and lines[0].startswith("hellaswag.py: error: ") and message in lines[0]
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -323,7 +331,7 @@ def lm_eval_counts(directory, path, n, tmp_path) -> dict[str, int]:
 def test_lm_eval_counts_the_same(model_dir, tmp_path):
     model = GPT.from_pretrained(model_dir).eval()
     examples = hellaswag.read_examples(RECORDS, hellaswag.render_lm_eval)
-    result = hellaswag.compute_accuracy(hellaswag.score(model, examples, 2000)[0], examples)
+    result = hellaswag.compute_accuracy(score(model, examples, 2000), examples)
     assert lm_eval_counts(model_dir, RECORDS, 100, tmp_path) == dict(acc=result.acc, acc_norm=result.acc_norm)
 
 
@@ -359,8 +367,8 @@ def test_a_thousand_records(tmp_path, which):
     records = [json.loads(line) for line in VALIDATION_SET.read_text().splitlines()[:1000]]
     for name, render in hellaswag.RENDERINGS.items():
         examples = hellaswag.read_examples(VALIDATION_SET, render, limit=1000)
-        scores, _ = hellaswag.score(model, examples, 4096)
-        result = hellaswag.compute_accuracy(scores, examples)
+        found = score(model, examples, 4096)
+        scores, result = found.sums().view(-1, 4), hellaswag.compute_accuracy(found, examples)
         expected, lengths = baseline_scores(directory, records, name, block_size)
         differ = scores.argmax(1) != expected.argmax(1)
         differ |= (scores / torch.tensor([e.lengths for e in examples])).argmax(1) != (expected / lengths).argmax(1)

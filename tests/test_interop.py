@@ -13,7 +13,9 @@ import torch
 import hellaswag
 from conftest import BOOKS_TEXT, ENVIRONMENT, ROOT, SMALL, run, run_in_process
 from model import GPT
+from runtime.distributed import Distributed
 from runtime.shards import write_shard
+from scoring import Scorer
 from tokens import gpt2_encoding
 
 RECORDS = ROOT / "tests/data/hellaswag_100.jsonl"
@@ -84,5 +86,5 @@ def test_lm_eval_recipe_equals_hellaswag_py(here):
     theirs = {metric: float(value) for metric, value in re.findall(r"\|(acc|acc_norm) *\|↑ *\| *([\d.]+)\|", table)}
     examples = hellaswag.read_examples(RECORDS, hellaswag.render_lm_eval, limit=40)
     model = GPT.from_pretrained(here / "log/step_000550").eval()
-    ours = hellaswag.compute_accuracy(hellaswag.score(model, examples, 2000)[0], examples)
+    ours = hellaswag.compute_accuracy(Scorer(model, 2000, Distributed()).score(examples), examples)
     assert theirs == dict(acc=ours.acc / 40, acc_norm=ours.acc_norm / 40), table  # 40 leave no more than three digits

@@ -1,0 +1,223 @@
+"""Log-probabilities of continuations after their contexts, many sequences at a time, on all ranks of a run together."""
+
+from errors import UserError
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from model import GPT
+from runtime import checkpoint
+from runtime.device import choose_device, tune_malloc
+from runtime.distributed import Distributed
+from runtime.options import option
+from tokens import END_OF_TEXT, encode
+
+
+@dataclass(frozen=True)
+class Example:
+    """A context, and one or several continuations of it to score."""
+
+    context: Sequence[int]  # token ids, at least one
+    continuations: list[Sequence[int]]  # token ids
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model finds of n continuations of N tokens together, those of all examples in their order."""
+
+    logprobs: Tensor  # (N,) of float32: each token's log-probability, in nats
+    is_greedy: Tensor  # (N,): whether it is the most likely token
+    is_allowed_greedy: Tensor  # (N,): whether it is the most likely token of those that are not excluded
+    lengths: Tensor  # (n,): tokens of each continuation
+    n_cut: int  # contexts that were cut on the left
+
+    def sums(self) -> Tensor:
+        """Return the log-probability of each continuation, (n,) of float64."""
+        return torch.segment_reduce(self.logprobs.double(), "sum", lengths=self.lengths)
+
+    def all_greedy(self, allowed: bool = False) -> Tensor:
+        """Return whether greedy decoding, of all ids or the allowed ones, gives the continuation, for each, (n,)."""
+        greedy = self.is_allowed_greedy if allowed else self.is_greedy
+        return torch.segment_reduce(greedy.float(), "min", lengths=self.lengths) > 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sequence of a context and continuations, each of which attends to the context and to itself: the context is
+    computed once."""
+
+    context: Sequence[int]
+    continuations: dict[int, Sequence[int]]  # by the number of the first token, counting the tokens of all examples
+
+    def __len__(self) -> int:
+        return len(self.context) + sum(len(c) - 1 for c in self.continuations.values())  # the last predicts nothing
+
+
+def make_rows(examples: list[Example], max_tokens: int) -> tuple[list[Row], int]:
+    """Return rows, longest first, and how many contexts were cut on the left, so that no context and continuation
+    together have more than max_tokens. Raise UserError if a continuation is too long."""
+    rows, n_cut, first = [], 0, 0
+    for i, e in enumerate(examples, start=1):
+        longest = max(map(len, e.continuations))
+        if longest >= max_tokens:
+            raise UserError(
+                f"record {i:,}: {longest} tokens to score, but the model's context is {max_tokens - 1}", agreed=True
+            )
+        continuations = {}
+        for c in e.continuations:
+            continuations[first] = c
+            first += len(c)
+        if len(e.context) + longest <= max_tokens:
+            rows.append(Row(e.context, continuations))
+        else:  # each continuation with as much of the context as fits before it
+            n_cut += 1
+            rows += [Row(e.context[-(max_tokens - len(c)) :], {number: c}) for number, c in continuations.items()]
+    return sorted(rows, key=len, reverse=True), n_cut
+
+
+@dataclass
+class Scorer:
+    """A model that scores examples."""
+
+    model: GPT
+    batch_tokens: int  # at once, with padding
+    dist: Distributed
+    progress: bool = False  # whether to show a progress bar
+
+    @torch.inference_mode()
+    def score(
+        self, examples: list[Example], max_tokens: int | None = None, excluded: Sequence[int] = (), name: str = ""
+    ) -> Scores:
+        """Score the examples' continuations. max_tokens of context and continuation are by default as many as the model
+        can take; the excluded ids cannot be the most likely. Raise UserError if a result is not finite."""
+        rows, n_cut = make_rows(examples, max_tokens or self.model.config.block_size + 1)
+        batches = []
+        while rows:  # rows of similar length together
+            n = max(1, self.batch_tokens // len(rows[0]))
+            batches.append(rows[:n])
+            rows = rows[n:]
+        lengths = torch.tensor([len(c) for e in examples for c in e.continuations])
+        scores = torch.zeros(3, int(lengths.sum()))
+        mine = batches[self.dist.rank :: self.dist.size]  # neighbors take similar time
+        show = self.progress and self.dist.is_main
+        for batch in tqdm(mine, desc=name or None, unit="batch", disable=not show, leave=False):
+            numbers, found = self.score_batch(batch, excluded)
+            scores[:, numbers] = found.float().cpu()
+        scores = self.dist.all_reduce(scores).cpu()
+        if not scores.isfinite().all():
+            dtype = str(self.model.transformer.wte.weight.dtype).removeprefix("torch.")
+            raise UserError(f"the model's log-probabilities in {dtype} are not finite", agreed=True)
+        return Scores(scores[0], scores[1] > 0, scores[2] > 0, lengths, n_cut)
+
+    def score_batch(self, rows: list[Row], excluded: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the numbers (n,) of the tokens of these rows' continuations, their log-probabilities and whether they
+        are the most likely, of all and of the allowed ids, (3, n)."""
+        B, S = len(rows), len(rows[0])
+        batch = torch.zeros(3, B, S, dtype=torch.int64)
+        idx, pos, part = batch  # (B, S) each; part tells the continuations apart, and is 0 for the context and padding
+        source, target, numbers = [], [], []  # where a scored token is predicted, which it is, its number
+        for b, row in enumerate(rows):
+            n = end = len(row.context)
+            idx[b, :n] = torch.as_tensor(row.context)
+            pos[b, :n] = torch.arange(n)
+            for number, tokens in row.continuations.items():
+                start, end = end, end + len(tokens) - 1
+                idx[b, start:end] = torch.as_tensor(tokens[:-1])
+                pos[b, start:end] = torch.arange(n, n + end - start)
+                part[b, start:end] = number + 1
+                source += [b * S + n - 1, *range(b * S + start, b * S + end)]
+                target.append(torch.as_tensor(tokens).long())
+                numbers += range(number, number + len(tokens))
+        idx, pos, part = batch.to(self.model.transformer.wte.weight.device)
+        mask = None  # causal
+        if any(len(row.continuations) > 1 for row in rows):
+            earlier = torch.ones(S, S, dtype=torch.bool, device=idx.device).tril()
+            mask = earlier & ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None]))  # (B, S, S)
+            mask = mask[:, None]  # for all heads
+        x = self.model.hidden(idx, pos=pos, mask=mask).view(B * S, -1)[source]  # (scored tokens, C)
+        found = []
+        # 512 tokens at a time: their logits are by far the largest thing here.
+        for some_x, some_target in zip(x.split(512), torch.cat(target).to(x.device).split(512), strict=True):
+            logits = self.model.head(some_x)  # (512, V)
+            loss = F.cross_entropy(logits, some_target, reduction="none")
+            greedy = allowed_greedy = logits.argmax(dim=-1) == some_target
+            if len(excluded):
+                logits[:, excluded] = -torch.inf
+                allowed_greedy = logits.argmax(dim=-1) == some_target
+            found.append(torch.stack((-loss, greedy, allowed_greedy)))  # (3, 512)
+        return torch.tensor(numbers), torch.cat(found, dim=1)
+
+    def score_documents(self, documents: list[np.ndarray], stride: int, name: str = "") -> tuple[float, int]:
+        """Return the nats of all tokens of the documents but the first of each, and how many these are."""
+        block_size = self.model.config.block_size
+        scores = self.score([w for tokens in documents for w in windows(tokens, block_size, stride)], name=name)
+        return -scores.logprobs.double().sum().item(), len(scores.logprobs)
+
+
+def windows(tokens: np.ndarray, block_size: int, stride: int) -> list[Example]:
+    """Return windows of up to block_size tokens that score each token but the first once: all tokens of the first
+    window, then `stride` at the end of each. With stride = block_size none overlap, but for the last."""
+    examples, start = [], 1
+    while start < len(tokens):
+        end = min(len(tokens), start + (block_size if start == 1 else stride))
+        examples.append(Example(tokens[max(0, end - 1 - block_size) : start], [tokens[start:end]]))
+        start = end
+    return examples
+
+
+def split_common(sequences: list[np.ndarray]) -> Example:
+    """Return sequences as continuations of their longest common prefix that leaves a token of each."""
+    shortest = min(map(len, sequences)) - 1
+    first = np.stack([s[:shortest] for s in sequences])  # (n, shortest)
+    differs = (first != first[0]).any(axis=0)
+    n = int(differs.argmax()) if differs.any() else shortest
+    return Example(sequences[0][:n], [s[n:] for s in sequences])
+
+
+def document(text: str) -> np.ndarray:
+    """Return <|endoftext|> and the tokens of a text, (n,) of uint16."""
+    return np.append(np.uint16(END_OF_TEXT), encode(text))
+
+
+class Result(NamedTuple):
+    """A number of an evaluation, from a total (of right answers or nats, say) and a count."""
+
+    task: str
+    convention: str
+    metric: str  # accuracy; nats/token; ppl/token, ppl/word, ppl/word+line, ppl/byte: perplexities; bits/byte
+    total: float
+    n: int
+
+    @property
+    def value(self) -> float:
+        mean = self.total / self.n
+        if self.metric.startswith("ppl"):
+            return math.exp(min(mean, 700.0))
+        return mean / math.log(2) if self.metric == "bits/byte" else mean
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """The options of a script that scores."""
+
+    model: str = option("gpt2", "name on the hub, or directory", metavar="MODEL")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto for the fastest", aliases=("-d",), metavar="DEVICE")
+    dtype: str = option("float32", "precision of the weights", choices=("float32", "bfloat16", "float16"))
+    batch_tokens: int | None = option(None, "tokens at once (default: 1,024; 65,536 on CUDA)", low=1, metavar="N")
+
+    def open(self, dist: Distributed) -> Scorer:
+        """Return the scorer that the options describe. Raise UserError."""
+        with dist.agree():
+            dist.set_device(choose_device(self.device))
+            model = checkpoint.load_model("--model", self.model)
+        tune_malloc()
+        torch.set_float32_matmul_precision("high")
+        batch_tokens = self.batch_tokens or (65536 if dist.device.type == "cuda" else 1024)
+        return Scorer(model.eval().to(dist.device, getattr(torch, self.dtype)), batch_tokens, dist, progress=True)
