@@ -70,7 +70,7 @@ class Detokenizer:
             chunk = match[1]
             last.insert(0, self.closing if match[2] == '"' else match[2])
         if self.joiners:
-            chunk = re.sub(r"(?<=\w)-(?=\w)|(?<=\d)[,.](?=\d)", r" @\g<0>@ ", chunk)
+            chunk = re.sub(r"(?<=[\w>])-(?=[\w<])|(?<=\d)[,.](?=\d)", r" @\g<0>@ ", chunk)
         return [*first, *chunk.split(" "), *last]
 
 

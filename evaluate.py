@@ -49,15 +49,18 @@ class Options(ScoringOptions):
 
 
 def read_tokens(path: Path | None) -> np.ndarray:
-    """Return the tokens of a text, of documents, or of the validation shards of a directory, (n,) of uint16."""
+    """Return the tokens of a text, of documents, or of a directory's validation shards, (n,) of uint16."""
     if path is None or path.is_dir():
-        shards = open_data(path or ROOT / "input.txt").val
-        tokens = np.concatenate([tokens for _, tokens in shards])
-        return tokens if tokens[0] == END_OF_TEXT else np.append(np.uint16(END_OF_TEXT), tokens)
-    reader = find_reader(path)
-    if reader is None or not path.is_file():
-        raise UserError(f"--data {path}: no such file, or neither .txt nor .jsonl nor .parquet")
-    return np.concatenate([document(text) for text in check_texts(reader(path, "text"), "text", str(path))])
+        parts = [tokens for _, tokens in open_data(path or ROOT / "input.txt").val]
+    else:
+        reader = find_reader(path)
+        if reader is None or not path.is_file():
+            raise UserError(f"--data {path}: no such file, or neither .txt nor .jsonl nor .parquet")
+        parts = [document(text) for text in check_texts(reader(path, "text"), "text", str(path))]
+    tokens = np.concatenate([document(""), *parts])
+    if len(tokens) < 3:
+        raise UserError(f"--data {path}: holds no text")
+    return tokens[1:] if tokens[1] == END_OF_TEXT else tokens
 
 
 def choose_tasks(names: tuple[str, ...]) -> list[str]:
