@@ -55,9 +55,7 @@ def read_tasks(bundle: Path) -> list[dict]:
             task["baseline"] = baselines[task["label"]]
             task["delimiter"] = task.get("continuation_delimiter", " ")
             path = bundle / "eval_data" / task["dataset_uri"]
-            task["records"] = [
-                json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-            ]
+            task["records"] = [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
             random.Random(1337).shuffle(task["records"])
             if not (task["records"] and 0 <= task["baseline"] < 1):
                 raise ValueError("it holds no records, or a random baseline of 100%")
@@ -66,28 +64,34 @@ def read_tasks(bundle: Path) -> list[dict]:
     return tasks
 
 
-def render(task: dict, i: int) -> list[Example]:
-    """Return a record's options, after examples of other records: one continuation each."""
-    records, delimiter = task["records"], task["delimiter"]
-    record = records[i]
-    others = random.Random(1234 + i).sample(range(len(records) - 1), task["num_fewshot"][0])
-    shots = [records[j + (j >= i)] for j in others]
+def render_texts(task: dict, record: dict) -> list[str]:
+    """Return a record's options as texts; a record to be completed has one."""
+    delimiter = task["delimiter"]
     if task["icl_task_type"] == "multiple_choice":
-        before = "".join(f"{s['query']}{delimiter}{s['choices'][s['gold']]}\n\n" for s in shots)
-        return [split_common([document(f"{before}{record['query']}{delimiter}{c}") for c in record["choices"]])]
-    if task["icl_task_type"] == "schema":  # the same words after different contexts
-        before = "".join(f"{s['context_options'][s['gold']]}{delimiter}{s['continuation']}\n\n" for s in shots)
-        after = delimiter + record["continuation"]
-        mirrored = split_common([document(before + option + after)[::-1] for option in record["context_options"]])
-        return [Example(rest[::-1], [mirrored.context[::-1]]) for rest in mirrored.continuations]
+        return [f"{record['query']}{delimiter}{choice}" for choice in record["choices"]]
+    if task["icl_task_type"] == "schema":
+        return [f"{option}{delimiter}{record['continuation']}" for option in record["context_options"]]
     if task["icl_task_type"] == "language_modeling":
-        before = "".join(f"{s['context'].strip()}{delimiter}{s['continuation']}\n\n" for s in shots)
-        before += record["context"].strip() + delimiter
-        context, both = document(before.strip()), document(before + record["continuation"])
-        if not np.array_equal(context, both[: len(context)]):
-            raise ValueError("the tokens of its context are not the first ones of the whole")
-        return [Example(context, [both[len(context) :]])]
+        return [f"{record['context'].strip()}{delimiter}{record['continuation']}"]
     raise ValueError(f"icl_task_type {task['icl_task_type']!r} is not known")
+
+
+def render(task: dict, i: int) -> list[Example]:
+    """Return what is scored of record i's options: one continuation of each, after solved examples of other records."""
+    records = task["records"]
+    others = random.Random(1234 + i).sample(range(len(records) - 1), task["num_fewshot"][0])
+    solved = [records[j + (j >= i)] for j in others]
+    before = "".join(f"{render_texts(task, record)[record.get('gold', 0)]}\n\n" for record in solved)
+    options = [document(before + text) for text in render_texts(task, records[i])]
+    if task["icl_task_type"] == "multiple_choice":
+        return [split_common(options)]
+    if task["icl_task_type"] == "schema":  # the same end after different beginnings
+        mirrored = split_common([tokens[::-1] for tokens in options])
+        return [Example(beginning[::-1], [mirrored.context[::-1]]) for beginning in mirrored.continuations]
+    context = document(f"{before}{records[i]['context'].strip()}{task['delimiter']}".strip())
+    if not np.array_equal(context, options[0][: len(context)]):
+        raise ValueError("the tokens of its context are not the first ones of the whole")
+    return [Example(context, [options[0][len(context) :]])]
 
 
 def count_right(scorer: Scorer, task: dict, n: int) -> int:
@@ -103,7 +107,9 @@ def count_right(scorer: Scorer, task: dict, n: int) -> int:
             raise UserError(f"CORE's {task['label']}, record {i:,}: {e!r}", agreed=True) from None
         examples.append(rendered)
     # A sequence has at most block_size tokens, the last one included, which the model does not see.
-    scores = scorer.score(sum(examples, []), scorer.model.config.block_size, name=task["label"])
+    scores = scorer.score(
+        [e for rendered in examples for e in rendered], scorer.model.config.block_size, name=task["label"]
+    )
     if task["icl_task_type"] == "language_modeling":
         return int(scores.all_greedy().sum())
     means = iter((scores.sums() / scores.lengths).tolist())
@@ -124,9 +130,7 @@ def evaluate(scorer: Scorer, bundle: Path, limit: int | None) -> list[Result]:
         right = count_right(scorer, task, n)
         name = f"{task['label']}, {task['num_fewshot'][0]} examples"
         value = (right / n - task["baseline"]) / (1 - task["baseline"])
-        results += [
-            Result(task["label"], name, "accuracy", right, n),
-            Result(task["label"], name, "centered", value, 1),
-        ]
+        results.append(Result(task["label"], name, "accuracy", right, n))
+        results.append(Result(task["label"], name, "centered", value, 1))
         centered += value
     return [*results, Result("core", f"mean of {len(tasks)} tasks", "centered", centered, len(tasks))]

