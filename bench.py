@@ -4,6 +4,7 @@
     python bench.py small 124M         training: tokens per second
     python bench.py memory generate    GPT-2 124M: peak memory of training, tokens per second of generation
     python bench.py optimizer          what Muon adds to a step of small
+    python bench.py lambada            GPT-2 124M: records per second of an evaluation
 
 Nothing else should run meanwhile. The last variant of a benchmark is its baseline. All variants have random weights and
 the fastest precision of the device.
@@ -31,9 +32,12 @@ import train_gpt2
 from model import GPT, GPTConfig, sample
 from recipe import PRESETS, TrainConfig
 from runtime.device import choose_device, choose_dtype, peak_memory, tune_malloc
+from runtime.distributed import Distributed
 from runtime.files import write_atomically
 from runtime.options import option, output_file, parse_options
-from tokens import END_OF_TEXT, VOCAB_SIZE
+from scoring import Scorer
+from tokens import END_OF_TEXT, VOCAB_SIZE, gpt2_encoding
+from zero_shot import lambada
 
 SCRIPT = __file__  # what a child runs
 TEXT = Path(__file__).resolve().parent / "input.txt"
@@ -168,6 +172,38 @@ def generate_without_cache(args: "Options", name: str) -> float:
     return time_generation(args, loop)
 
 
+def lambada_texts() -> list[str]:
+    """Return 40 passages of 40 to 110 words, as LAMBADA's are."""
+    words = iter(TEXT.read_text(encoding="utf-8").split())
+    return [" ".join(next(words) for _ in range(40 + n * 37 % 71)) for n in range(40)]
+
+
+def evaluate_lambada(args: "Options", name: str) -> float:
+    """Evaluate the passages as evaluate.py does; return passages per second."""
+    tune_malloc()
+    scorer = Scorer(GPT(GPT2).eval().to(args.device, args.dtype), 1024, Distributed())
+    texts = lambada_texts()
+    lambada(scorer, name, texts[:5])  # warm up
+    return len(texts) / seconds(lambada, scorer, name, texts)
+
+
+def evaluate_one_by_one(args: "Options", name: str) -> float:
+    """Compute all logits of one passage after the other, by transformers."""
+    model = transformers_model(GPT2).eval().to(args.device, args.dtype)
+    encode = gpt2_encoding().encode_ordinary
+    texts = lambada_texts()
+
+    def evaluate(texts: list[str]) -> None:
+        for text in texts:
+            tokens = torch.tensor([encode(text)], device=args.device)
+            with torch.no_grad():
+                logprobs = model(tokens[:, :-1]).logits.float().log_softmax(dim=-1)
+            logprobs[0, -1, tokens[0, -1]].item()
+
+    evaluate(texts[:5])  # warm up
+    return len(texts) / seconds(evaluate, texts)
+
+
 CEILING, PEER = "matrix products alone", "build-nanogpt"
 TRAINING = {
     "train_gpt2.py": train,
@@ -188,6 +224,7 @@ BENCHMARKS = {
     "124M": TRAINING,
     "memory": {variant: measure for variant, measure in TRAINING.items() if variant != CEILING},
     "generate": GENERATION,
+    "lambada": {"evaluate.py": evaluate_lambada, "one record at a time": evaluate_one_by_one},
     "optimizer": {f"--optimizer {which}": partial(train, optimizer=which) for which in ("muon", "adamw")},
 }
 
@@ -228,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
         runs: dict[str, list[float]] = {variant: [] for variant in BENCHMARKS[name] if args.peer or variant != PEER}
         for variant in tqdm([*runs] * args.repeats, desc=name, leave=False, disable=None):  # on a terminal
             runs[variant].append(measure_in_child(args, name, variant))
-        unit = "GB" if name == "memory" else "tokens/s"
+        unit = dict(memory="GB", lambada="records/s").get(name, "tokens/s")
         print_table(name, unit, runs)
         figures[name] = dict(unit=unit, runs=runs)
     if args.json:

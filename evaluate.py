@@ -131,9 +131,8 @@ def main(argv: list[str] | None = None) -> int:
         scorer = args.open(dist)
         config = scorer.model.config
         if args.stride and args.stride > config.block_size:
-            raise UserError(
-                f"--stride {args.stride}: must be at most the model's context, {config.block_size}", agreed=True
-            )
+            context = config.block_size
+            raise UserError(f"--stride {args.stride}: must be at most the model's context, {context}", agreed=True)
         shapes = [(shape["n_layer"], shape["n_embd"]) for shape in SIZES.values()]
         shape = (config.n_layer, config.n_embd)
         size = shapes.index(shape) if shape in shapes else 0

@@ -18,10 +18,7 @@ from scoring import Example, Result, Scorer, document, split_common
 from tokens import ASSETS, encode, gpt2_encoding
 
 DATA = json.loads((ASSETS / "zero_shot.json").read_text())
-SOURCES, SHA256 = (
-    DATA["sources"],
-    DATA["sha256"],
-)  # of each task's data; of CBT the part for validation, as in the paper
+SOURCES, SHA256 = DATA["sources"], DATA["sha256"]  # of each task's file; of CBT the validation set, as in the paper
 PAPER = DATA["paper"]  # the paper's figures for 124M, 350M, 774M and 1558M
 STOP_WORDS = DATA["stop_words"].split()  # seldom end a passage of LAMBADA: an approximation to the paper's filter
 
@@ -41,9 +38,8 @@ def read(task: str, path: Path) -> list:
     if path.suffix == ".zip":  # enwik8 and text8, whose last 5 million bytes are for testing
         try:
             with zipfile.ZipFile(path) as archive:
-                return (
-                    archive.read(archive.namelist()[0])[-5_000_000:].decode(errors="ignore").splitlines(keepends=True)
-                )
+                content = archive.read(archive.namelist()[0])
+            return content[-5_000_000:].decode(errors="ignore").splitlines(keepends=True)
         except (zipfile.BadZipFile, IndexError) as e:
             raise UserError(f"{path}: cannot be read as a zip file ({first_line(e)}); delete it") from None
     if task.startswith("cbt"):

@@ -84,7 +84,9 @@ def args(tmp_path):
 
 
 UNTRIED = {"train_gpt2.py", bench.CEILING, "transformers.generate, bfloat16"}  # compiled, large, or tried in float32
-VARIANTS = [(name, variant) for name in ("small", "memory", "generate") for variant in bench.BENCHMARKS[name]]
+VARIANTS = [
+    (name, variant) for name in ("small", "memory", "generate", "lambada") for variant in bench.BENCHMARKS[name]
+]
 
 
 @pytest.mark.parametrize("name, variant", [(name, v) for name, v in VARIANTS if v not in UNTRIED])

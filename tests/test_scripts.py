@@ -25,6 +25,7 @@ SCRIPTS = {
         0,
         "--model_type model --data records.jsonl --batch_tokens 1",
     ),
+    "evaluate.py": ("--model model --data größe☃.txt --limit 2", 0, "--model model --data größe☃.txt --batch_tokens 1"),
     "plot.py": ("größe☃ --out größe☃.png", 0, "--check größe☃"),
     "bench.py": ("größe☃", 2, "generate --device cpu"),
 }
@@ -36,6 +37,7 @@ def here(tmp_path_factory):
     here = tmp_path_factory.mktemp("scripts")
     perturbed(GPTConfig(block_size=256, n_layer=2, n_head=2, n_embd=32), std=0.2).save_pretrained(here / "model")
     (here / "records.jsonl").write_text(RECORDS.read_text() * 10)
+    (here / "größe☃.txt").write_text("Straße☃ " * 20000)
     shutil.copytree(ROOT / "assets/reference/tiny/seed-1", here / "größe☃")
     return here
 
