@@ -8,13 +8,13 @@ import csv
 import hashlib
 import json
 import random
-import zipfile
+import shutil
 from pathlib import Path
 
 import numpy as np
 import yaml
 
-from runtime.files import download
+from runtime.files import download, open_zip
 from scoring import Example, Result, Scorer, document, split_common
 from tokens import sha256
 
@@ -24,17 +24,16 @@ PUBLISHED = (0.1139, 0.1849, 0.2146, 0.2565)  # of 124M, 350M, 774M and 1558M
 
 def find_bundle(core_dir: Path | None, data_dir: Path) -> Path:
     """Return the directory of the bundle, downloaded and unpacked on first use. Raise UserError."""
-    if core_dir:
-        return core_dir
-    if not (data_dir / "eval_bundle/core.yaml").exists():
-        path = data_dir / "eval_bundle.zip"
-        if not path.exists():
-            download(URL, path)
-        try:
-            zipfile.ZipFile(path).extractall(data_dir)
-        except zipfile.BadZipFile as e:
-            raise UserError(f"{path}: cannot be read as a zip file ({first_line(e)}); delete it") from None
-    return data_dir / "eval_bundle"
+    bundle, path, partial = (data_dir / name for name in ("eval_bundle", "eval_bundle.zip", "eval_bundle.partial"))
+    if core_dir or bundle.exists():
+        return core_dir or bundle
+    if not path.exists():
+        download(URL, path)
+    with open_zip(path) as archive:
+        archive.extractall(partial)
+    (partial / "eval_bundle").rename(bundle)
+    shutil.rmtree(partial)
+    return bundle
 
 
 def fingerprint(bundle: Path) -> str:
@@ -51,8 +50,9 @@ def read_tasks(bundle: Path) -> list[dict]:
         path = bundle / "eval_meta_data.csv"
         with open(path, encoding="utf-8", newline="") as f:
             baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(f)}
-        for task in tasks:
-            task["baseline"] = baselines[task["label"]]
+        baselines = [baselines[task["label"]] for task in tasks]
+        for task, baseline in zip(tasks, baselines, strict=True):
+            task["baseline"] = baseline
             task["delimiter"] = task.get("continuation_delimiter", " ")
             path = bundle / "eval_data" / task["dataset_uri"]
             task["records"] = [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
@@ -76,12 +76,16 @@ def render_texts(task: dict, record: dict) -> list[str]:
     raise ValueError(f"icl_task_type {task['icl_task_type']!r} is not known")
 
 
+def right_option(task: dict, record: dict) -> int:
+    return 0 if task["icl_task_type"] == "language_modeling" else int(record["gold"])
+
+
 def render(task: dict, i: int) -> list[Example]:
     """Return what is scored of record i's options: one continuation of each, after solved examples of other records."""
     records = task["records"]
     others = random.Random(1234 + i).sample(range(len(records) - 1), task["num_fewshot"][0])
     solved = [records[j + (j >= i)] for j in others]
-    before = "".join(f"{render_texts(task, record)[record.get('gold', 0)]}\n\n" for record in solved)
+    before = "".join(f"{render_texts(task, record)[right_option(task, record)]}\n\n" for record in solved)
     options = [document(before + text) for text in render_texts(task, records[i])]
     if task["icl_task_type"] == "multiple_choice":
         return [split_common(options)]
@@ -102,7 +106,7 @@ def count_right(scorer: Scorer, task: dict, n: int) -> int:
             rendered = render(task, i)
             if not all(len(c) for e in rendered for c in e.continuations):
                 raise ValueError("there is nothing to score")
-            int(task["records"][i].get("gold", 0))
+            right_option(task, task["records"][i])
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
             raise UserError(f"CORE's {task['label']}, record {i:,}: {e!r}", agreed=True) from None
         examples.append(rendered)
@@ -116,7 +120,7 @@ def count_right(scorer: Scorer, task: dict, n: int) -> int:
     right = 0
     for record, rendered in zip(task["records"], examples, strict=False):
         options = [next(means) for e in rendered for _ in e.continuations]
-        right += options.index(max(options)) == int(record["gold"])
+        right += options.index(max(options)) == right_option(task, record)
     return right
 
 

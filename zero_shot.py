@@ -3,17 +3,16 @@
 No code of the paper's evaluation was published; docs/evaluation.md says what is known of its conventions.
 """
 
-from errors import UserError, first_line
+from errors import UserError
 import json
 import re
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from detokenizers import Detokenizer, lm_eval_wikitext
 from fineweb import check_texts, find_reader
-from runtime.files import download
+from runtime.files import download, open_zip
 from scoring import Example, Result, Scorer, document, split_common
 from tokens import ASSETS, encode, gpt2_encoding
 
@@ -36,12 +35,9 @@ def find_file(task: str, data_dir: Path) -> Path:
 def read(task: str, path: Path) -> list:
     """Return the records of a task's file: texts, lines of text, or what a question of CBT consists of."""
     if path.suffix == ".zip":  # enwik8 and text8, whose last 5 million bytes are for testing
-        try:
-            with zipfile.ZipFile(path) as archive:
-                content = archive.read(archive.namelist()[0])
-            return content[-5_000_000:].decode(errors="ignore").splitlines(keepends=True)
-        except (zipfile.BadZipFile, IndexError) as e:
-            raise UserError(f"{path}: cannot be read as a zip file ({first_line(e)}); delete it") from None
+        with open_zip(path) as archive:
+            content = archive.read(archive.namelist()[0])
+        return content[-5_000_000:].decode(errors="ignore").splitlines(keepends=True)
     if task.startswith("cbt"):
         columns = (find_reader(path)(path, column) for column in ("sentences", "question", "options", "answer"))
         records = [*zip(*columns, strict=True)]

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import os
 import urllib.request
+import zipfile
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
@@ -56,3 +57,15 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
         raise UserError(f"{message}; put it there from {url}", 4) from None
     with write_atomically(path) as f:
         f.write(content)
+
+
+@contextlib.contextmanager
+def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open a zip file to read from. Raise UserError if it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except OSError:
+        raise
+    except Exception as e:  # of many types, by what is damaged
+        raise UserError(f"{path}: cannot be read as a zip file ({first_line(e)}); delete it") from None

@@ -88,7 +88,7 @@ def test_output_streams(here, encoding, redirection, status, script):
     )
     error = done.stderr.decode(encoding)
     assert done.returncode == (quick if status is None else status), error
-    lines = [text for text in error.splitlines() if text and "%|" not in text]  # of a progress bar
+    lines = [text for text in error.splitlines() if text.strip() and "%|" not in text]  # of a progress bar
     assert len(lines) == (done.returncode != 0 and redirection != "2>&-"), error
     if status == 4:
         assert lines == [f"{script}: error: standard output: No space left on device"]
