@@ -5,7 +5,6 @@ The tasks are those of karpathy/nanochat's evaluation bundle, rendered and score
 
 from errors import UserError, first_line
 import csv
-import hashlib
 import json
 import random
 import shutil
@@ -16,7 +15,6 @@ import yaml
 
 from runtime.files import download, open_zip
 from scoring import Example, Result, Scorer, document, split_common
-from tokens import sha256
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 PUBLISHED = (0.1139, 0.1849, 0.2146, 0.2565)  # of 124M, 350M, 774M and 1558M
@@ -27,19 +25,16 @@ def find_bundle(core_dir: Path | None, data_dir: Path) -> Path:
     bundle, path, partial = (data_dir / name for name in ("eval_bundle", "eval_bundle.zip", "eval_bundle.partial"))
     if core_dir or bundle.exists():
         return core_dir or bundle
-    if not path.exists():
-        download(URL, path)
-    with open_zip(path) as archive:
-        archive.extractall(partial)
-    (partial / "eval_bundle").rename(bundle)
-    shutil.rmtree(partial)
+    download(URL, path)
+    try:
+        with open_zip(path) as archive:
+            archive.extractall(partial)
+            if not (partial / "eval_bundle").is_dir():
+                raise ValueError("it holds no eval_bundle/")
+        (partial / "eval_bundle").rename(bundle)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return bundle
-
-
-def fingerprint(bundle: Path) -> str:
-    """Return a hash of all files of the bundle."""
-    files = sorted(path for path in bundle.rglob("*") if path.is_file())
-    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
 
 def read_tasks(bundle: Path) -> list[dict]:
@@ -51,6 +46,8 @@ def read_tasks(bundle: Path) -> list[dict]:
         with open(path, encoding="utf-8", newline="") as f:
             baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(f)}
         baselines = [baselines[task["label"]] for task in tasks]
+        if not tasks:
+            raise ValueError("it lists no tasks")
         for task, baseline in zip(tasks, baselines, strict=True):
             task["baseline"] = baseline
             task["delimiter"] = task.get("continuation_delimiter", " ")
@@ -104,11 +101,13 @@ def count_right(scorer: Scorer, task: dict, n: int) -> int:
     for i in range(n):
         try:
             rendered = render(task, i)
-            if not all(len(c) for e in rendered for c in e.continuations):
+            n_options = sum(len(e.continuations) for e in rendered)
+            if not all(len(e.context) and all(map(len, e.continuations)) for e in rendered):
                 raise ValueError("there is nothing to score")
-            right_option(task, task["records"][i])
+            if right_option(task, task["records"][i]) not in range(n_options):
+                raise ValueError("gold is not the number of an option")
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
-            raise UserError(f"CORE's {task['label']}, record {i:,}: {e!r}", agreed=True) from None
+            raise UserError(f"CORE's {task['label']}, record {i + 1:,}: {e!r}", agreed=True) from None
         examples.append(rendered)
     # A sequence has at most block_size tokens, the last one included, which the model does not see.
     scores = scorer.score(

@@ -8,7 +8,7 @@ import re
 
 OPENING, CLOSING = "([{$£#", ")]}%.,;:?!"  # no space follows, precedes them
 CONTRACTION = re.compile(r"n't|'(?:s|m|d|ll|re|ve)?", re.IGNORECASE)
-LAST = re.compile(r"(.*?)(n't|'(?:s|m|d|ll|re|ve)?|[)\]}%.,;:?!\"])", re.IGNORECASE | re.DOTALL)  # word of a chunk
+LAST = re.compile(rf"(.*?)({CONTRACTION.pattern}|[{re.escape(CLOSING)}\"])", re.IGNORECASE | re.DOTALL)  # of a chunk
 TITLES = "mr|mrs|ms|dr|st|jr|sr|col|gen|lt|sgt|capt|rev|sen|gov|prof|inc|co|corp|ltd|bros|nos?|vs|al|pp?"
 ABBREVIATION = re.compile(rf"(?:.*\W)?(?:\w|\w+\.\w|{TITLES})\.|\.+", re.IGNORECASE)  # the last point is part of it
 JOINER = re.compile("@[-,.]@")  # WikiText's hyphen, comma and point within a word

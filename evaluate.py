@@ -2,7 +2,7 @@
 
     python evaluate.py                                     newest checkpoint in log/, validation part of input.txt
     python evaluate.py --model gpt2 --data my.txt          perplexity of a text, .jsonl, .parquet, or shard directory
-    python evaluate.py --model gpt2 --tasks paper          table 3 of the paper, which stands beside it
+    python evaluate.py --model gpt2 --tasks paper          the tasks of the paper, with its figures
     python evaluate.py --model gpt2-xl --tasks hellaswag core --dtype bfloat16
     torchrun --standalone --nproc_per_node=8 evaluate.py --tasks all
 
@@ -28,12 +28,13 @@ from runtime import checkpoint
 from runtime.distributed import Distributed
 from runtime.files import write_atomically
 from runtime.options import option, output_file, parse_options
+from runtime.shards import check_ids, shard_paths
 from scoring import Result, Scorer, ScoringOptions, document
 from tokens import END_OF_TEXT, gpt2_encoding, sha256
 
 ROOT = Path(__file__).resolve().parent
-PAPER = [*zero_shot.SOURCES]
-TASKS = ["text", *PAPER, "hellaswag", "core"]
+TASKS = ["text", *zero_shot.SOURCES, "hellaswag", "core"]
+GROUPS = {task: [task] for task in TASKS} | dict(paper=[*zero_shot.SOURCES], all=TASKS[1:])
 
 
 @dataclass(frozen=True)
@@ -48,51 +49,58 @@ class Options(ScoringOptions):
     json: Path | None = option(None, "write the numbers to this file", type=output_file, metavar="FILE")
 
 
-def read_tokens(path: Path | None) -> np.ndarray:
-    """Return the tokens of a text, of documents, or of a directory's validation shards, (n,) of uint16."""
-    if path is None or path.is_dir():
-        parts = [tokens for _, tokens in open_data(path or ROOT / "input.txt").val]
-    else:
-        reader = find_reader(path)
-        if reader is None or not path.is_file():
-            raise UserError(f"--data {path}: no such file, or neither .txt nor .jsonl nor .parquet")
-        parts = [document(text) for text in check_texts(reader(path, "text"), "text", str(path))]
-    tokens = np.concatenate([document(""), *parts])
-    if len(tokens) < 3:
-        raise UserError(f"--data {path}: holds no text")
-    return tokens[1:] if tokens[1] == END_OF_TEXT else tokens
-
-
-def choose_tasks(names: tuple[str, ...]) -> list[str]:
-    """Return the tasks of these names, "paper" and "all" being several. Raise UserError if there is no such task."""
-    groups = dict(paper=PAPER, all=TASKS[1:])
-    if unknown := [name for name in names if name not in (*TASKS, *groups)]:
-        raise UserError(f"--tasks {unknown[0]}: no such task; there are {', '.join((*TASKS, *groups))}")
-    return [task for task in TASKS if any(task == name or task in groups.get(name, ()) for name in names)]
-
-
-def evaluate(scorer: Scorer, task: str, args: Options) -> tuple[str, list[Result]]:
-    """Return the hash of a task's data, and its results. Raise UserError."""
-    block_size = scorer.model.config.block_size
-    strides = [block_size, *([args.stride] if args.stride else [])]
+def find_data(task: str, args: Options) -> tuple[Path, str]:
+    """Return where the data of a task are, downloaded if needed, and a SHA-256 of them. Raise UserError."""
     if task == "text":
-        with scorer.dist.agree():
-            tokens = read_tokens(args.data)[: args.limit and args.limit * block_size + 1]
-        text = gpt2_encoding().decode_bytes(tokens[tokens != END_OF_TEXT].tolist())
-        name = {args.data.name if args.data else "the last tenth of input.txt": tokens}
-        results = [r for stride in strides for r in zero_shot.perplexities(scorer, task, name, text, stride)]
-        return hashlib.sha256(tokens.tobytes()).hexdigest(), results
+        path = args.data or ROOT / "input.txt"
+        if not (path.is_dir() or (path.is_file() and find_reader(path))):
+            raise UserError(f"--data {path}: no such file, or neither .txt nor .jsonl nor .parquet")
+    elif task == "core":
+        path = core.find_bundle(args.core_dir, args.data_dir)
+    else:
+        path = hellaswag.find_file() if task == "hellaswag" else zero_shot.find_file(task, args.data_dir)
+    files = [path]
+    if path.is_dir():
+        files = shard_paths(path, "val") if task == "text" else sorted(filter(Path.is_file, path.rglob("*")))
+    hashes = [sha256(file) for file in files]
+    return path, hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def read_tokens(path: Path, only_val: bool) -> np.ndarray:
+    """Return the tokens of a text, of documents, or of validation data, (n,) of uint16, after <|endoftext|>."""
+    if only_val or path.is_dir():
+        parts = [tokens for name, tokens in open_data(path).val if check_ids(name, 0, tokens) is None]
+    else:
+        parts = [document(text) for text in check_texts(find_reader(path)(path, "text"), "text", str(path))]
+    tokens = np.concatenate([document(""), *parts])
+    return tokens[1:] if END_OF_TEXT in tokens[1:2] else tokens
+
+
+def evaluate_text(scorer: Scorer, path: Path, args: Options, strides: list[int]) -> list[Result]:
+    """Return the perplexities of a text, which is one stream of tokens. Raise UserError."""
+    with scorer.dist.agree():
+        tokens = read_tokens(path, only_val=args.data is None)
+        tokens = tokens[: args.limit and args.limit * scorer.model.config.block_size + 1]
+        documents = np.split(tokens, np.flatnonzero(tokens == END_OF_TEXT))
+        documents = [gpt2_encoding().decode_bytes(ids[ids != END_OF_TEXT].tolist()) for ids in documents]
+        if not any(text.split() for text in documents):
+            raise UserError(f"--data {path}: holds no text")
+    name = args.data.name if args.data else "the last tenth of input.txt"
+    return [r for s in strides for r in zero_shot.perplexities(scorer, "text", {name: tokens}, documents, s)]
+
+
+def evaluate(scorer: Scorer, task: str, path: Path, args: Options) -> list[Result]:
+    """Return the results of a task. Raise UserError."""
+    strides = [scorer.model.config.block_size, *([args.stride] if args.stride else [])]
+    if task == "text":
+        return evaluate_text(scorer, path, args, strides)
     if task == "core":
-        bundle = scorer.dist.from_main(lambda: core.find_bundle(args.core_dir, args.data_dir))
-        return core.fingerprint(bundle), core.evaluate(scorer, bundle, args.limit)
+        return core.evaluate(scorer, path, args.limit)
     if task == "hellaswag":
-        path = scorer.dist.from_main(hellaswag.find_file)
         numbers = hellaswag.evaluate(scorer, path, args.limit)
         found = [(name, metric, n) for name, n in numbers.items() for metric in ("acc", "acc_norm")]
-        results = [Result(task, f"{name}, {m}", "accuracy", n[m]["correct"], n["n"]) for name, m, n in found]
-        return sha256(path), results
-    path = scorer.dist.from_main(lambda: zero_shot.find_file(task, args.data_dir))
-    return sha256(path), zero_shot.evaluate(scorer, task, path, strides, args.limit)
+        return [Result(task, f"{name}, {m}", "accuracy", n[m]["correct"], n["n"]) for name, m, n in found]
+    return zero_shot.evaluate(scorer, task, path, strides, args.limit)
 
 
 def published(result: Result, size: int) -> float | None:
@@ -100,21 +108,19 @@ def published(result: Result, size: int) -> float | None:
     if result.task == "core":
         return core.PUBLISHED[size]
     figures = zero_shot.PAPER.get(result.task.removesuffix("-raw").removesuffix("-original"), {})
-    return None if result.metric == "ppl/byte" else figures.get(kind(result), [None] * 4)[size]
-
-
-def kind(result: Result) -> str:
-    return result.metric.split("/")[0]  # ppl, whatever it is counted by
+    kind = result.metric.split("/")[0]  # ppl, whatever it is counted by
+    return None if result.metric == "ppl/byte" else figures.get(kind, [None] * 4)[size]
 
 
 def print_table(results: list[Result], size: int) -> None:
     """Print a task's results with the published figures, and which of several conventions comes nearest to one."""
+    width = max(len(r.convention) for r in results)
     for result in results:
-        line = f"  {result.convention:<39.39} {result.metric:13} {result.value:>9.4g}"
+        line = f"  {result.convention:{width}} {result.metric:13} {result.value:>9.4g}"
         if figure := published(result, size):
-            same = [r for r in results if published(r, size) == figure and kind(r) == kind(result)]
+            same = [r for r in results if published(r, size) == figure]
             nearest = len(same) > 1 and min(same, key=lambda r: abs(r.value - figure)) is result
-            line += f" {figure:>8.4g}{' *' if nearest else ''}"
+            line += f"{figure:>9.4g}{' *' if nearest else ''}"
         print(line)
 
 
@@ -123,11 +129,11 @@ def main(argv: list[str] | None = None) -> int:
     with Distributed("evaluate.py") as dist:
         with dist.agree():
             args = Options(**parse_options(Options, argv, __doc__))
-            tasks = choose_tasks(args.tasks)
-            names = [args.model] if args.model else [*checkpoint.checkpoints(Path("log")).values()]
-            if not names:
-                raise UserError("no checkpoint in log/: train a model with python train_gpt2.py, or try --model gpt2")
-        args = replace(args, model=str(names[-1]))
+            if unknown := [name for name in args.tasks if name not in GROUPS]:
+                raise UserError(f"--tasks {unknown[0]}: no such task; there are {', '.join(GROUPS)}")
+        tasks = [task for task in TASKS if any(task in GROUPS[name] for name in args.tasks)]
+        args = replace(args, model=args.model or dist.from_main(newest_checkpoint))
+        data = dist.from_main(lambda: {task: find_data(task, args) for task in tasks})
         scorer = args.open(dist)
         config = scorer.model.config
         if args.stride and args.stride > config.block_size:
@@ -136,18 +142,31 @@ def main(argv: list[str] | None = None) -> int:
         shapes = [(shape["n_layer"], shape["n_embd"]) for shape in SIZES.values()]
         shape = (config.n_layer, config.n_embd)
         size = shapes.index(shape) if shape in shapes else 0
-        report = dict(model=args.model, dtype=args.dtype, limit=args.limit, tasks={})
-        for task in tasks:
-            sha, results = evaluate(scorer, task, args)
+        report = dict(model=args.model, dtype=args.dtype, limit=args.limit, published=[*SIZES][size], tasks={})
+        for task, (path, sha) in data.items():
+            results = evaluate(scorer, task, path, args)
             numbers = [r._asdict() | dict(value=r.value, published=published(r, size)) for r in results]
             report["tasks"][task] = dict(sha256=sha, results=numbers)
             if dist.is_main:
-                print(f"\n{f'{task}, sha256 {sha[:8]}…':66} {f'paper, {[*SIZES][size]}' * (task in PAPER)}")
+                note = f"; published for {[*SIZES][size]}" if any(published(r, size) for r in results) else ""
+                print(f"\n{task}, sha256 {sha[:8]}…{note}")
                 print_table(results, size)
-        if args.json and dist.is_main:
-            with write_atomically(args.json) as f:
-                f.write((json.dumps(report, indent=2) + "\n").encode())
+            if args.json:  # after each task, so that an error in the next one loses nothing
+                dist.from_main(lambda: write_json(args.json, report))
     return 0
+
+
+def newest_checkpoint() -> str:
+    """Return the directory of the newest checkpoint in log/. Raise UserError."""
+    directories = [*checkpoint.checkpoints(Path("log")).values()]
+    if not directories:
+        raise UserError("no checkpoint in log/: train a model with python train_gpt2.py, or try --model gpt2")
+    return str(directories[-1])
+
+
+def write_json(path: Path, report: dict) -> None:
+    with write_atomically(path) as f:
+        f.write((json.dumps(report, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

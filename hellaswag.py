@@ -34,9 +34,7 @@ Result = namedtuple("Result", "acc acc_norm near_ties")
 
 def find_file() -> Path:
     """Return the validation set's file, downloaded on first use and checked. Raise UserError."""
-    if not FILE.exists():
-        download(URL, FILE, SHA256)
-    return FILE
+    return download(URL, FILE, SHA256)
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,6 @@ def evaluate(scorer: Scorer, path: Path, limit: int | None = None) -> dict[str, 
 
 @dataclass(frozen=True)
 class Options(ScoringOptions):
-    model: str = option("gpt2", "name on the hub, or directory", aliases=("-m", "--model_type"), metavar="MODEL")
     data: Path | None = option(None, "HellaSwag file (default: download it once)", metavar="FILE")
     limit: int | None = option(None, "evaluate only the first N records (default: all)", low=1, metavar="N")
     json: Path | None = option(None, "write the numbers to this file", type=output_file, metavar="FILE")
@@ -131,20 +128,21 @@ class Options(ScoringOptions):
 def main(argv: list[str] | None = None) -> int:
     """Evaluate a model in all four ways and print the results. Raise UserError."""
     args = Options(**parse_options(Options, argv, __doc__))
-    path = args.data or find_file()
-    if not path.is_file():
-        raise UserError(f"--data {path}: no such file")
-    numbers = evaluate(args.open(Distributed()), path, args.limit)
-    for name, found in numbers.items():
+    with Distributed("hellaswag.py") as dist:
+        path = args.data or dist.from_main(find_file)
+        if not path.is_file():
+            raise UserError(f"--data {path}: no such file", agreed=True)
+        numbers = evaluate(args.open(dist), path, args.limit)
+    for name, found in numbers.items() if dist.is_main else ():
         n = found["n"]
         if n != N_RECORDS and not args.limit:
             print(f"{path}: {n:,} records, where the validation set has {N_RECORDS:,}")
         for metric, published in zip(("acc", "acc_norm"), PUBLISHED[name], strict=True):
-            correct, p, error = found[metric].values()
-            print(f"{name:14}{metric:9}{p:7.2%} ± {error:.2%}  ({correct:,}/{n:,})   published: {published}")
+            p, right = found[metric], f"({found[metric]['correct']:,}/{n:,})"
+            print(f"{name:14}{metric:9}{p['value']:7.2%} ± {p['stderr']:.2%}  {right}   published: {published}")
         cut = found["contexts_cut"]
         print(f"{name:14}decided by less than 1e-5: {found['near_ties']}; contexts cut on the left: {cut}")
-    if args.json:
+    if args.json and dist.is_main:
         with write_atomically(args.json) as f:
             f.write((json.dumps(dict(model=args.model, dtype=args.dtype) | numbers, indent=2) + "\n").encode())
     return 0

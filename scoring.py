@@ -2,6 +2,7 @@
 
 from errors import UserError
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from model import GPT
 from runtime import checkpoint
-from runtime.device import choose_device, tune_malloc
+from runtime.device import choose_device, is_out_of_memory, tune_malloc
 from runtime.distributed import Distributed
 from runtime.options import option
 from tokens import END_OF_TEXT, encode
@@ -67,8 +68,7 @@ def make_rows(examples: list[Example], max_tokens: int) -> tuple[list[Row], int]
     for i, e in enumerate(examples, start=1):
         longest = max(map(len, e.continuations))
         if longest >= max_tokens:
-            found = f"{longest} tokens to score, but the model's context is {max_tokens - 1}"
-            raise UserError(f"record {i:,}: {found}", agreed=True)
+            raise UserError(f"record {i:,}: {longest} tokens to score do not fit into the model's context", agreed=True)
         continuations = {}
         for c in e.continuations:
             continuations[first] = c
@@ -88,14 +88,14 @@ class Scorer:
     model: GPT
     batch_tokens: int  # at once, with padding
     dist: Distributed
-    progress: bool = False  # whether to show a progress bar
 
     @torch.inference_mode()
     def score(
         self, examples: list[Example], max_tokens: int | None = None, excluded: list[int] | None = None, name: str = ""
     ) -> Scores:
-        """Score the examples' continuations. max_tokens of context and continuation are by default as many as the model
-        can take; the excluded ids cannot be the most likely. Raise UserError if a result is not finite."""
+        """Score the examples' continuations, with a progress bar if these have a name. Context and continuation have by
+        default as many tokens as the model can take. The excluded ids cannot be the most likely. Raise UserError if a
+        continuation is too long, memory too small, or a result not finite."""
         rows, n_cut = make_rows(examples, max_tokens or self.model.config.block_size + 1)
         batches = []
         while rows:  # rows of similar length together
@@ -105,14 +105,20 @@ class Scorer:
         lengths = torch.tensor([len(c) for e in examples for c in e.continuations])
         scores = torch.zeros(3, int(lengths.sum()))
         mine = batches[self.dist.rank :: self.dist.size]  # neighbors take similar time
-        show = self.progress and self.dist.is_main
-        for batch in tqdm(mine, desc=name or None, unit="batch", disable=not show, leave=False):
-            numbers, found = self.score_batch(batch, excluded or [])
-            scores[:, numbers] = found.float().cpu()
+        try:
+            for batch in tqdm(mine, name, unit="batch", disable=not (name and self.dist.is_main), leave=False):
+                numbers, found = self.score_batch(batch, excluded or [])
+                scores[:, numbers] = found.float().cpu()
+        except (RuntimeError, MemoryError) as e:
+            if not is_out_of_memory(e):
+                raise
+            raise UserError(
+                f"{self.batch_tokens:,} tokens at once do not fit into memory: try fewer --batch_tokens"
+            ) from e
         scores = self.dist.all_reduce(scores).cpu()
         if not scores.isfinite().all():
             dtype = str(self.model.transformer.wte.weight.dtype).removeprefix("torch.")
-            raise UserError(f"the model's log-probabilities in {dtype} are not finite", agreed=True)
+            raise UserError(f"the model's log-probabilities in {dtype} are not finite", 3, agreed=True)
         return Scores(scores[0], scores[1] > 0, scores[2] > 0, lengths, n_cut)
 
     def score_batch(self, rows: list[Row], excluded: list[int]) -> tuple[Tensor, Tensor]:
@@ -146,9 +152,11 @@ class Scorer:
         for some_x, some_target in zip(x.split(512), torch.cat(target).to(x.device).split(512), strict=True):
             logits = self.model.head(some_x)  # (512, V)
             loss = F.cross_entropy(logits, some_target, reduction="none")
-            greedy = is_argmax(logits, some_target)
-            logits[:, excluded] = -torch.inf
-            found.append(torch.stack((-loss, greedy, is_argmax(logits, some_target))))  # (3, 512)
+            greedy = allowed_greedy = is_argmax(logits, some_target)
+            if excluded:
+                logits[:, excluded] = -torch.inf
+                allowed_greedy = is_argmax(logits, some_target)
+            found.append(torch.stack((-loss, greedy, allowed_greedy)))  # (3, 512)
         return torch.tensor(numbers), torch.cat(found, dim=1)
 
     def score_documents(self, documents: list[np.ndarray], stride: int, name: str = "") -> tuple[float, int]:
@@ -178,10 +186,7 @@ def windows(tokens: np.ndarray, block_size: int, stride: int) -> list[Example]:
 
 def split_common(sequences: list[np.ndarray]) -> Example:
     """Return sequences as continuations of their longest common prefix that leaves a token of each."""
-    shortest = min(map(len, sequences)) - 1
-    first = np.stack([s[:shortest] for s in sequences])  # (n, shortest)
-    differs = (first != first[0]).any(axis=0)
-    n = int(differs.argmax()) if differs.any() else shortest
+    n = min(len(os.path.commonprefix([s.tolist() for s in sequences])), min(map(len, sequences)) - 1)
     return Example(sequences[0][:n], [s[n:] for s in sequences])
 
 
@@ -211,7 +216,7 @@ class Result(NamedTuple):
 class ScoringOptions:
     """The options of a script that scores."""
 
-    model: str = option("gpt2", "name on the hub, or directory", metavar="MODEL")
+    model: str = option("gpt2", "name on the hub, or directory", aliases=("-m", "--model_type"), metavar="MODEL")
     device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto for the fastest", aliases=("-d",), metavar="DEVICE")
     dtype: str = option("float32", "precision of the weights", choices=("float32", "bfloat16", "float16"))
     batch_tokens: int | None = option(None, "tokens at once (default: 1,024; 65,536 on CUDA)", low=1, metavar="N")
@@ -224,4 +229,4 @@ class ScoringOptions:
         tune_malloc()
         torch.set_float32_matmul_precision("high")
         batch_tokens = self.batch_tokens or (65536 if dist.device.type == "cuda" else 1024)
-        return Scorer(model.eval().to(dist.device, getattr(torch, self.dtype)), batch_tokens, dist, progress=True)
+        return Scorer(model.eval().to(dist.device, getattr(torch, self.dtype)), batch_tokens, dist)

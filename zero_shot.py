@@ -4,6 +4,7 @@ No code of the paper's evaluation was published; docs/evaluation.md says what is
 """
 
 from errors import UserError
+import io
 import json
 import re
 from pathlib import Path
@@ -24,30 +25,46 @@ STOP_WORDS = DATA["stop_words"].split()  # seldom end a passage of LAMBADA: an a
 
 def find_file(task: str, data_dir: Path) -> Path:
     """Return the file of a task: one that is in the directory, or else downloaded there. Raise UserError."""
-    for suffix in ".jsonl", ".parquet", ".txt", ".zip":
-        if (path := data_dir / f"{task}{suffix}").exists():
-            return path
+    suffixes = [".jsonl", ".parquet"]
+    if task in ("enwik8", "text8"):
+        suffixes = [".zip", ".txt"]
+    elif not task.startswith(("lambada", "cbt")):
+        suffixes.append(".txt")
+    paths = [data_dir / f"{task}{suffix}" for suffix in suffixes]
     path = data_dir / f"{task}{Path(SOURCES[task]).suffix}"
-    download(SOURCES[task], path, SHA256.get(task))
-    return path
+    return next(filter(Path.is_file, paths), None) or download(SOURCES[task], path, SHA256.get(task))
 
 
 def read(task: str, path: Path) -> list:
-    """Return the records of a task's file: texts, lines of text, or what a question of CBT consists of."""
-    if path.suffix == ".zip":  # enwik8 and text8, whose last 5 million bytes are for testing
-        with open_zip(path) as archive:
-            content = archive.read(archive.namelist()[0])
-        return content[-5_000_000:].decode(errors="ignore").splitlines(keepends=True)
+    """Return the records of a task's file: texts, lines of text, or what questions of CBT consist of."""
+    if task in ("enwik8", "text8"):  # whose last 5 million bytes are for testing
+        content = path.read_bytes()
+        if path.suffix == ".zip":
+            with open_zip(path) as archive:
+                content = archive.read(task)
+        return split_lines(content[-5_000_000:].decode(errors="ignore"))
     if task.startswith("cbt"):
         columns = (find_reader(path)(path, column) for column in ("sentences", "question", "options", "answer"))
         records = [*zip(*columns, strict=True)]
-        if not all("XXXXX" in question and answer in options for _, question, options, answer in records):
+        if not all(is_question(*record) for record in records):
             raise UserError(f"{path}: not all of its records are questions of the Children's Book Test")
         return records
     texts = [*check_texts(find_reader(path)(path, "text"), "text", str(path))]
     if task.startswith("lambada"):
         return [text.strip() for text in texts]
-    return "".join(text if text.endswith("\n") else text + "\n" for text in texts).splitlines(keepends=True)
+    if task.startswith("wikitext"):  # in the hub's files, empty lines have lost their only space
+        texts = [text or " " for text in texts]
+    return split_lines("".join(text if text.endswith("\n") else f"{text}\n" for text in texts))
+
+
+def is_question(sentences: object, question: object, options: object, answer: object) -> bool:
+    """Return whether these are text, as they should be, with a blank and the answer among the options."""
+    lists = isinstance(sentences, list) and isinstance(options, list) and answer in options
+    return lists and all(isinstance(x, str) for x in (question, *sentences, *options)) and "XXXXX" in question
+
+
+def split_lines(text: str) -> list[str]:
+    return io.StringIO(text, newline="\n").readlines()  # splitlines() would also split at other characters
 
 
 def versions(task: str, texts: list[str]) -> dict[str, list[str]]:
@@ -55,7 +72,7 @@ def versions(task: str, texts: list[str]) -> dict[str, list[str]]:
     if task in ("lambada", "enwik8", "text8"):
         return {"as it is": texts}
     d = Detokenizer('" "', joiners=True) if task[:4] == "wiki" else Detokenizer('" "' if task == "1bw" else "`` ''")
-    plain = [d.detokenize(text.strip()) + "\n" * text.endswith("\n") for text in texts]
+    plain = [d.detokenize(text.strip(" \n")) + "\n" * text.endswith("\n") for text in texts]
     return {"as it is": texts, "de-tokenized": plain}
 
 
@@ -65,10 +82,10 @@ def lambada(scorer: Scorer, task: str, texts: list[str]) -> list[Result]:
     results = []
     for version, some_texts in versions(task, texts).items():
         examples = []
-        for n, text in enumerate(some_texts):
+        for i, text in enumerate(some_texts, start=1):
             context = encode(text.rpartition(" ")[0])
             if not len(context):
-                raise UserError(f"{task}: record {n:,} has only one word", agreed=True)
+                raise UserError(f"{task}: record {i:,} has only one word", agreed=True)
             examples.append(Example(context, [encode(text)[len(context) :]]))
         scores = scorer.score(examples, excluded=stop_ids, name=task)
         n, last = len(texts), scores.lengths.cumsum(dim=0) - 1  # the last token of each text
@@ -97,15 +114,18 @@ def cbt(scorer: Scorer, task: str, records: list[tuple[list[str], str, list[str]
     return results
 
 
-def perplexities(scorer: Scorer, task: str, texts: dict[str, np.ndarray], original: bytes, stride: int) -> list[Result]:
-    """Score the tokens of each version of a text as one stream. Words, lines and bytes are those of the original."""
-    n_words, n_lines, results = len(original.split()), original.count(b"\n"), []
+def perplexities(
+    scorer: Scorer, task: str, texts: dict[str, np.ndarray], originals: list[bytes], stride: int
+) -> list[Result]:
+    """Score the tokens of each version of a text as one stream. Words, lines and bytes are those of the originals."""
+    n_words = sum(len(original.split()) for original in originals)
+    n_lines = sum(original.count(b"\n") for original in originals)
+    results = []
     for version, tokens in texts.items():
         nats, n = scorer.score_documents([tokens], stride, task)
-        counts = {"ppl/token": n, "ppl/word": n_words, "ppl/word+line": n_words + n_lines, "bits/byte": len(original)}
-        name = f"{version}, stride {stride}"
-        results.append(Result(task, name, "nats/token", nats, n))
-        results += [Result(task, name, metric, nats, max(1, count)) for metric, count in counts.items()]
+        counts = {"nats/token": n, "ppl/token": n, "ppl/word": n_words, "ppl/word+line": n_words + n_lines}
+        counts["bits/byte"] = sum(map(len, originals))
+        results += [Result(task, f"{version}, stride {stride}", metric, nats, n) for metric, n in counts.items()]
     return results
 
 
@@ -116,6 +136,7 @@ def lm_eval(scorer: Scorer, task: str, lines: list[str]) -> list[Result]:
         if re.fullmatch(r"\s*= [^=].* =\s*", line) and pages[-1].strip():  # a page's title; sections have more "="
             pages.append("")
         pages[-1] += line
+    pages = [page.removesuffix("\n") for page in pages[:-1]] + pages[-1:]
     documents = [document(lm_eval_wikitext(page)) for page in pages]
     nats, _ = scorer.score_documents(documents, scorer.model.config.block_size, task)
     n_words, n_bytes = sum(len(re.split(r"\s+", page)) for page in pages), sum(len(page.encode()) for page in pages)
@@ -134,6 +155,8 @@ def evaluate(scorer: Scorer, task: str, path: Path, strides: list[int], limit: i
     if task.startswith("cbt"):
         return cbt(scorer, task, records)
     texts = {version: document("".join(lines)) for version, lines in versions(task, records).items()}
-    original = "".join(records).encode()
-    results = [r for stride in strides for r in perplexities(scorer, task, texts, original, stride)]
+    originals = ["".join(records).encode()]
+    if not originals[0].split():
+        raise UserError(f"{path}: holds no text", agreed=True)
+    results = [r for stride in strides for r in perplexities(scorer, task, texts, originals, stride)]
     return results + (lm_eval(scorer, task, records) if task.endswith("-raw") else [])

@@ -25,7 +25,7 @@ class Distributed:
 
     def __init__(self, script: str = "train_gpt2.py"):
         """Read torchrun's environment. Raise UserError if it does not fit together."""
-        self.script = script  # which errors are of
+        self.script = script  # its name stands before error messages
         self.rank, self.size = read_environment("RANK", 0), read_environment("WORLD_SIZE", 1)
         self.local_rank = read_environment("LOCAL_RANK", 0)
         self.local_size = read_environment("LOCAL_WORLD_SIZE", 1)
@@ -64,7 +64,9 @@ class Distributed:
         # gloo raises a RuntimeError whose message contains a path of its source.
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error)):
             message = f"rank {self.rank} has lost another rank: {first_line(error)}"
-            raise UserError(f"{message}; --resume continues from the newest checkpoint", 1) from None
+            if self.script == "train_gpt2.py":
+                message += "; --resume continues from the newest checkpoint"
+            raise UserError(message, 1) from None
 
     def set_device(self, name: str) -> None:
         """Use this rank's device of that name: cpu, cuda or mps. Raise UserError if there are fewer than ranks."""

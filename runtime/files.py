@@ -37,8 +37,10 @@ def write_atomically(path: Path) -> Iterator[BinaryIO]:
             partial.unlink(missing_ok=True)
 
 
-def download(url: str, path: Path, sha256: str | None = None) -> None:
-    """Download a file, with a progress bar, and check its SHA-256 if one is known. Raise UserError."""
+def download(url: str, path: Path, sha256: str | None = None) -> Path:
+    """Return the path, to which the file is downloaded if there is none, and checked. Raise UserError."""
+    if path.exists():
+        return path
     content = bytearray()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,11 +59,12 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
         raise UserError(f"{message}; put it there from {url}", 4) from None
     with write_atomically(path) as f:
         f.write(content)
+    return path
 
 
 @contextlib.contextmanager
 def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open a zip file to read from. Raise UserError if it is damaged."""
+    """Open a zip file to read from. Raise UserError if it is not what it should be."""
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive

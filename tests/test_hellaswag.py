@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hellaswag
-from conftest import ROOT, SMALL, launcher, perturbed, read_log, run, run_in_process
+from conftest import ROOT, SMALL, launcher, perturbed, read_log, run, run_in_process, run_ranks
 from model import GPT, GPTConfig
 from scoring import Scorer, Scores
 
@@ -152,7 +152,9 @@ def test_an_ending_longer_than_the_context_stops_with_its_line(model_dir):
     model.crop_block_size(16)
     examples = hellaswag.read_examples(RECORDS, hellaswag.render_nanogpt)
     line = next(i for i, e in enumerate(examples, start=1) if max(map(len, e.continuations)) > 16)
-    with pytest.raises(hellaswag.UserError, match=f"record {line}: .* tokens to score, but the model.s context is 16"):
+    with pytest.raises(
+        hellaswag.UserError, match=f"record {line}: .* tokens to score do not fit into the model.s context"
+    ):
         score(model, examples, 1000)
 
 
@@ -219,10 +221,15 @@ def test_the_script_s_errors_are_one_line(model_dir, tmp_path, capsys, monkeypat
         flags += ["--data", RECORDS]
     status = run_script(hellaswag.main, [*map(str, flags)])
     out, err = capsys.readouterr()
-    assert status == 2 and not out
+    assert status == (3 if "float16 are" in message else 2) and not out
     lines = [line for line in err.splitlines() if line.strip() and "%|" not in line]  # of a progress bar
     assert len(lines) == 1 and lines[0].startswith("hellaswag.py: error: ") and message in lines[0]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_two_ranks_print_the_numbers_once(model_dir):
+    flags = "--model", model_dir, "--data", RECORDS, "--limit", 10, "--device", "cpu"
+    assert run_ranks("hellaswag.py", *flags).stdout == run_ranks("hellaswag.py", *flags, ranks=1).stdout
 
 
 def test_full_disk_is_one_line(model_dir, tmp_path, capsys):
