@@ -29,7 +29,7 @@ URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 N_RECORDS = 10042
 # How many examples are right by each score, and how many are decided by less than 1e-5.
-Result = namedtuple("Result", "acc acc_norm near_ties")
+Accuracy = namedtuple("Accuracy", "acc acc_norm near_ties")
 
 
 def find_file() -> Path:
@@ -86,14 +86,14 @@ def render_lm_eval(record: dict) -> tuple[list[int], list[list[int]], list[float
     return prefix, [tokens[len(prefix) :] for tokens in both], [len(ending) for ending in endings]
 
 
-def compute_accuracy(scores: Scores, examples: list[Question]) -> Result:
+def compute_accuracy(scores: Scores, examples: list[Question]) -> Accuracy:
     """Compare the most likely endings, by sum and by sum over length, with the right ones."""
     scores = scores.sums().view(-1, 4).float()
     labels = torch.tensor([e.label for e in examples])
     both = torch.stack([scores, scores / torch.tensor([e.lengths for e in examples])])  # (2, n, 4)
     acc, acc_norm = (both.argmax(dim=-1) == labels).sum(dim=-1).tolist()
     best, second = both.topk(2).values.unbind(dim=-1)  # (2, n) each
-    return Result(acc, acc_norm, near_ties=int((best - second < 1e-5).any(dim=0).sum()))
+    return Accuracy(acc, acc_norm, near_ties=int((best - second < 1e-5).any(dim=0).sum()))
 
 
 RENDERINGS = {"build-nanogpt": render_nanogpt, "lm-eval": render_lm_eval}

@@ -93,7 +93,7 @@ class Scorer:
     def score(
         self, examples: list[Example], max_tokens: int | None = None, excluded: list[int] | None = None, name: str = ""
     ) -> Scores:
-        """Score the examples' continuations, with a progress bar if these have a name. Context and continuation have by
+        """Score the examples' continuations, with a progress bar on a terminal if these have a name. Context and continuation have by
         default as many tokens as the model can take. The excluded ids cannot be the most likely. Raise UserError if a
         continuation is too long, memory too small, or a result not finite."""
         rows, n_cut = make_rows(examples, max_tokens or self.model.config.block_size + 1)
@@ -106,7 +106,8 @@ class Scorer:
         scores = torch.zeros(3, int(lengths.sum()))
         mine = batches[self.dist.rank :: self.dist.size]  # neighbors take similar time
         try:
-            for batch in tqdm(mine, name, unit="batch", disable=not (name and self.dist.is_main), leave=False):
+            hidden = None if name and self.dist.is_main else True  # None: unless it is a terminal
+            for batch in tqdm(mine, name, unit="batch", disable=hidden, leave=False):
                 numbers, found = self.score_batch(batch, excluded or [])
                 scores[:, numbers] = found.float().cpu()
         except (RuntimeError, MemoryError) as e:
