@@ -93,9 +93,12 @@ class Scorer:
     def score(
         self, examples: list[Example], max_tokens: int | None = None, excluded: list[int] | None = None, name: str = ""
     ) -> Scores:
-        """Score the examples' continuations, with a progress bar on a terminal if these have a name. Context and continuation have by
-        default as many tokens as the model can take. The excluded ids cannot be the most likely. Raise UserError if a
-        continuation is too long, memory too small, or a result not finite."""
+        """Score the examples' continuations, with a progress bar on a terminal if these have a name.
+
+        A context and a continuation have at most max_tokens, by default as many as the model can take. The excluded ids
+        cannot be the most likely. Raise UserError if a continuation is too long, memory too small, or a result not
+        finite.
+        """
         rows, n_cut = make_rows(examples, max_tokens or self.model.config.block_size + 1)
         batches = []
         while rows:  # rows of similar length together
