@@ -14,18 +14,18 @@ import numpy as np
 import yaml
 
 from runtime.files import download, open_zip
-from scoring import Example, Result, Scorer, document, split_common
+from scoring import Example, Result, Scorer, document, split_common_prefix
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 PUBLISHED = (0.1139, 0.1849, 0.2146, 0.2565)  # of 124M, 350M, 774M and 1558M
 
 
-def find_bundle(core_dir: Path | None, data_dir: Path) -> Path:
+def find_bundle(data_dir: Path) -> Path:
     """Return the directory of the bundle, downloaded and unpacked on first use. Raise UserError."""
-    bundle, path, partial = (data_dir / name for name in ("eval_bundle", "eval_bundle.zip", "eval_bundle.partial"))
-    if core_dir or bundle.exists():
-        return core_dir or bundle
-    download(URL, path)
+    bundle, partial = data_dir / "eval_bundle", data_dir / "eval_bundle.partial"
+    if bundle.exists():
+        return bundle
+    path = download(URL, data_dir / "eval_bundle.zip")
     try:
         with open_zip(path) as archive:
             archive.extractall(partial)
@@ -39,23 +39,25 @@ def find_bundle(core_dir: Path | None, data_dir: Path) -> Path:
 
 def read_tasks(bundle: Path) -> list[dict]:
     """Return the bundle's tasks with their `records`, shuffled, and the accuracy of guessing, `baseline`."""
-    path = bundle / "core.yaml"
+    path = bundle / "core.yaml"  # the file being read, for the message
     try:
         tasks = yaml.safe_load(path.read_text(encoding="utf-8"))["icl_tasks"]
+        if not tasks:
+            raise ValueError("it lists no tasks")
         path = bundle / "eval_meta_data.csv"
         with open(path, encoding="utf-8", newline="") as f:
             baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(f)}
-        baselines = [baselines[task["label"]] for task in tasks]
-        if not tasks:
-            raise ValueError("it lists no tasks")
-        for task, baseline in zip(tasks, baselines, strict=True):
-            task["baseline"] = baseline
+        for task in tasks:
+            task["baseline"] = baselines[task["label"]]
+            if not 0 <= task["baseline"] < 1:
+                raise ValueError(f"{task['label']} has a random baseline of {task['baseline']:.0%}")
+        for task in tasks:
             task["delimiter"] = task.get("continuation_delimiter", " ")
             path = bundle / "eval_data" / task["dataset_uri"]
             task["records"] = [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
             random.Random(1337).shuffle(task["records"])
-            if not (task["records"] and 0 <= task["baseline"] < 1):
-                raise ValueError("it holds no records, or a random baseline of 100%")
+            if not task["records"]:
+                raise ValueError("it holds no records")
     except Exception as e:  # of many types, by what the files hold instead
         raise UserError(f"{path}: cannot be read as part of CORE's bundle ({first_line(e)})") from None
     return tasks
@@ -80,15 +82,15 @@ def right_option(task: dict, record: dict) -> int:
 def render(task: dict, i: int) -> list[Example]:
     """Return what is scored of record i's options: one continuation of each, after solved examples of other records."""
     records = task["records"]
-    others = random.Random(1234 + i).sample(range(len(records) - 1), task["num_fewshot"][0])
-    solved = [records[j + (j >= i)] for j in others]
+    others = records[:i] + records[i + 1 :]
+    solved = random.Random(1234 + i).sample(others, task["num_fewshot"][0])
     before = "".join(f"{render_texts(task, record)[right_option(task, record)]}\n\n" for record in solved)
     options = [document(before + text) for text in render_texts(task, records[i])]
     if task["icl_task_type"] == "multiple_choice":
-        return [split_common(options)]
+        return [split_common_prefix(options)]
     if task["icl_task_type"] == "schema":  # the same end after different beginnings
-        mirrored = split_common([tokens[::-1] for tokens in options])
-        return [Example(beginning[::-1], [mirrored.context[::-1]]) for beginning in mirrored.continuations]
+        n = len(split_common_prefix([tokens[::-1] for tokens in options]).context)  # tokens of the common end
+        return [Example(tokens[:-n], [tokens[-n:]]) for tokens in options]
     context = document(f"{before}{records[i]['context'].strip()}{task['delimiter']}".strip())
     if not np.array_equal(context, options[0][: len(context)]):
         raise ValueError("the tokens of its context are not the first ones of the whole")
@@ -97,30 +99,24 @@ def render(task: dict, i: int) -> list[Example]:
 
 def count_right(scorer: Scorer, task: dict, n: int) -> int:
     """Return how many of a task's first n records the model gets right. Raise UserError."""
-    examples = []
+    examples, n_options = [], []
     for i in range(n):
         try:
             rendered = render(task, i)
-            n_options = sum(len(e.continuations) for e in rendered)
             if not all(len(e.context) and all(map(len, e.continuations)) for e in rendered):
                 raise ValueError("there is nothing to score")
-            if right_option(task, task["records"][i]) not in range(n_options):
+            n_options.append(sum(len(e.continuations) for e in rendered))
+            if right_option(task, task["records"][i]) not in range(n_options[i]):
                 raise ValueError("gold is not the number of an option")
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
             raise UserError(f"CORE's {task['label']}, record {i + 1:,}: {e!r}", agreed=True) from None
-        examples.append(rendered)
-    # A sequence has at most block_size tokens, the last one included, which the model does not see.
-    scores = scorer.score(
-        [e for rendered in examples for e in rendered], scorer.model.config.block_size, name=task["label"]
-    )
+        examples += rendered
+    # As in nanochat, a sequence has at most block_size tokens, the last target included.
+    scores = scorer.score(examples, scorer.model.config.block_size, name=task["label"])
     if task["icl_task_type"] == "language_modeling":
         return int(scores.all_greedy().sum())
-    means = iter((scores.sums() / scores.lengths).tolist())
-    right = 0
-    for record, rendered in zip(task["records"], examples, strict=False):
-        options = [next(means) for e in rendered for _ in e.continuations]
-        right += options.index(max(options)) == right_option(task, record)
-    return right
+    means = (scores.sums() / scores.lengths).split(n_options)  # of each record (n_options,)
+    return sum(int(means[i].argmax()) == right_option(task, task["records"][i]) for i in range(n))
 
 
 def evaluate(scorer: Scorer, bundle: Path, limit: int | None) -> list[Result]:

@@ -6,12 +6,12 @@ plain text is the probability of the corpus. They were not published; these are 
 
 import re
 
-OPENING, CLOSING = "([{$£#", ")]}%.,;:?!"  # no space follows, precedes them
+OPENING, CLOSING = "([{$£#", ")]}%.,;:?!"  # followed by no space; preceded by no space
 CONTRACTION = re.compile(r"n't|'(?:s|m|d|ll|re|ve)?", re.IGNORECASE)
-LAST = re.compile(rf"(.*?)({CONTRACTION.pattern}|[{re.escape(CLOSING)}\"])", re.IGNORECASE | re.DOTALL)  # of a chunk
+LAST = re.compile(rf"(.+?)({CONTRACTION.pattern}|[{re.escape(CLOSING)}\"])", re.IGNORECASE | re.DOTALL)  # of a chunk
 TITLES = "mr|mrs|ms|dr|st|jr|sr|col|gen|lt|sgt|capt|rev|sen|gov|prof|inc|co|corp|ltd|bros|nos?|vs|al|pp?"
 ABBREVIATION = re.compile(rf"(?:.*\W)?(?:\w|\w+\.\w|{TITLES})\.|\.+", re.IGNORECASE)  # the last point is part of it
-JOINER = re.compile("@[-,.]@")  # WikiText's hyphen, comma and point within a word
+JOINERS = {"@-@": "-", "@,@": ",", "@.@": "."}  # WikiText's hyphen, comma and point within a word
 
 
 class Detokenizer:
@@ -21,9 +21,10 @@ class Detokenizer:
     that would be split by itself is written after a backslash.
     """
 
-    def __init__(self, quotes: str = '" "', joiners: bool = False):
-        self.opening, self.closing = quotes.split()  # words that open and close a quotation
-        self.joiners = joiners  # whether JOINER is one
+    def __init__(self, opening: str = '"', closing: str = '"', joiners: bool = False):
+        self.opening, self.closing = opening, closing  # words that open and close a quotation
+        self.joiners = JOINERS if joiners else {}
+        self.plain = {opening: '"', closing: '"'} | self.joiners  # words that are written in another way
 
     def detokenize(self, text: str) -> str:
         return "\n".join(" ".join(self.join_line(line.split(" "))) for line in text.split("\n"))
@@ -35,25 +36,22 @@ class Detokenizer:
     def join_line(self, words: list[str]) -> list[str]:
         """Return the chunks of a line."""
         chunks, group = [], []
-        quoted = joins_next = False
+        quoted = attach_next = False
         for word in words:
             opens = word == self.opening and not (quoted and word == self.closing)
             closes = word == self.closing and not opens
-            joiner = self.joiners and JOINER.fullmatch(word)
-            joins = joins_next or joiner or closes or CONTRACTION.fullmatch(word) or (word and word in CLOSING)
-            if group and not joins:
+            attaches = closes or word in self.joiners or word in [*CLOSING] or CONTRACTION.fullmatch(word)
+            if group and not (attaches or attach_next):
                 chunks += self.join(group)
                 group = []
             group.append(word)
             quoted = opens or (quoted and not closes)
-            joins_next = joiner or opens or (word and word in OPENING)
+            attach_next = opens or word in self.joiners or word in [*OPENING]
         return chunks + self.join(group)
 
     def join(self, words: list[str]) -> list[str]:
         """Return these words as one chunk, if it can be split again, or else each as a chunk."""
-        plain = {self.opening: '"', self.closing: '"'}
-        plain |= {"@-@": "-", "@,@": ",", "@.@": "."} if self.joiners else {}
-        chunk = "".join(plain.get(word, word) for word in words)
+        chunk = "".join(self.plain.get(word, word) for word in words)
         if self.split(chunk) == words:
             return [chunk]
         return [word if self.split(word) == [word] else "\\" + word for word in words]
@@ -66,7 +64,7 @@ class Detokenizer:
         while len(chunk) > 1 and chunk[0] in OPENING + '"':
             first.append(self.opening if chunk[0] == '"' else chunk[0])
             chunk = chunk[1:]
-        while (match := LAST.fullmatch(chunk)) and match[1] and not ABBREVIATION.fullmatch(chunk):
+        while (match := LAST.fullmatch(chunk)) and not ABBREVIATION.fullmatch(chunk):
             chunk = match[1]
             last.insert(0, self.closing if match[2] == '"' else match[2])
         if self.joiners:

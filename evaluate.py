@@ -11,7 +11,6 @@ docs/evaluation.md says what each number is, and what it can be compared with.
 
 from errors import UserError, run_script
 import hashlib
-import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from fineweb import check_texts, find_reader
 from model import SIZES
 from runtime import checkpoint
 from runtime.distributed import Distributed
-from runtime.files import write_atomically
+from runtime.files import write_json
 from runtime.options import option, output_file, parse_options
 from runtime.shards import check_ids, shard_paths
 from scoring import Result, Scorer, ScoringOptions, document
@@ -56,7 +55,7 @@ def find_data(task: str, args: Options) -> tuple[Path, str]:
         if not (path.is_dir() or (path.is_file() and find_reader(path))):
             raise UserError(f"--data {path}: no such file, or neither .txt nor .jsonl nor .parquet")
     elif task == "core":
-        path = core.find_bundle(args.core_dir, args.data_dir)
+        path = args.core_dir or core.find_bundle(args.data_dir)
     else:
         path = hellaswag.find_file() if task == "hellaswag" else zero_shot.find_file(task, args.data_dir)
     files = [path]
@@ -68,25 +67,30 @@ def find_data(task: str, args: Options) -> tuple[Path, str]:
 
 def read_tokens(path: Path, only_val: bool) -> np.ndarray:
     """Return the tokens of a text, of documents, or of validation data, (n,) of uint16, after <|endoftext|>."""
+    parts = [np.array([END_OF_TEXT], dtype=np.uint16)]
     if only_val or path.is_dir():
-        parts = [tokens for name, tokens in open_data(path).val if check_ids(name, 0, tokens) is None]
+        for name, tokens in open_data(path).val:
+            check_ids(name, 0, tokens)
+            parts.append(tokens)
     else:
-        parts = [document(text) for text in check_texts(find_reader(path)(path, "text"), "text", str(path))]
-    tokens = np.concatenate([document(""), *parts])
-    return tokens[1:] if END_OF_TEXT in tokens[1:2] else tokens
+        parts += [document(text) for text in check_texts(find_reader(path)(path, "text"), "text", str(path))]
+    tokens = np.concatenate(parts)
+    has_its_own = len(tokens) > 1 and tokens[1] == END_OF_TEXT
+    return tokens[1:] if has_its_own else tokens
 
 
 def evaluate_text(scorer: Scorer, path: Path, args: Options, strides: list[int]) -> list[Result]:
     """Return the perplexities of a text, which is one stream of tokens. Raise UserError."""
     with scorer.dist.agree():
         tokens = read_tokens(path, only_val=args.data is None)
-        tokens = tokens[: args.limit and args.limit * scorer.model.config.block_size + 1]
-        documents = np.split(tokens, np.flatnonzero(tokens == END_OF_TEXT))
-        documents = [gpt2_encoding().decode_bytes(ids[ids != END_OF_TEXT].tolist()) for ids in documents]
-        if not any(text.split() for text in documents):
+        if args.limit:
+            tokens = tokens[: args.limit * scorer.model.config.block_size + 1]
+        documents = np.split(tokens, np.flatnonzero(tokens == END_OF_TEXT))  # joined, they would share a word
+        originals = [gpt2_encoding().decode_bytes(ids[ids != END_OF_TEXT].tolist()) for ids in documents]
+        if not any(text.split() for text in originals):
             raise UserError(f"--data {path}: holds no text")
     name = args.data.name if args.data else "the last tenth of input.txt"
-    return [r for s in strides for r in zero_shot.perplexities(scorer, "text", {name: tokens}, documents, s)]
+    return [r for s in strides for r in zero_shot.perplexities(scorer, "text", {name: tokens}, originals, s)]
 
 
 def evaluate(scorer: Scorer, task: str, path: Path, args: Options) -> list[Result]:
@@ -108,8 +112,8 @@ def published(result: Result, size: int) -> float | None:
     if result.task == "core":
         return core.PUBLISHED[size]
     figures = zero_shot.PAPER.get(result.task.removesuffix("-raw").removesuffix("-original"), {})
-    kind = result.metric.split("/")[0]  # ppl, whatever it is counted by
-    return None if result.metric == "ppl/byte" else figures.get(kind, [None] * 4)[size]
+    kind = result.metric.split("/")[0]  # ppl, whether per token or per word
+    return figures[kind][size] if kind in figures and result.metric != "ppl/byte" else None
 
 
 def print_table(results: list[Result], size: int) -> None:
@@ -134,21 +138,23 @@ def main(argv: list[str] | None = None) -> int:
         tasks = [task for task in TASKS if any(task in GROUPS[name] for name in args.tasks)]
         args = replace(args, model=args.model or dist.from_main(newest_checkpoint))
         data = dist.from_main(lambda: {task: find_data(task, args) for task in tasks})
-        scorer = args.open(dist)
+        scorer = args.load_scorer(dist)
         config = scorer.model.config
         if args.stride and args.stride > config.block_size:
-            context = config.block_size
-            raise UserError(f"--stride {args.stride}: must be at most the model's context, {context}", agreed=True)
+            raise UserError(
+                f"--stride {args.stride}: is more than the model's context, {config.block_size}", agreed=True
+            )
         shapes = [(shape["n_layer"], shape["n_embd"]) for shape in SIZES.values()]
         shape = (config.n_layer, config.n_embd)
-        size = shapes.index(shape) if shape in shapes else 0
-        report = dict(model=args.model, dtype=args.dtype, limit=args.limit, published=[*SIZES][size], tasks={})
+        size = shapes.index(shape) if shape in shapes else 0  # any other is compared with the smallest
+        size_name = [*SIZES][size]
+        report = dict(model=args.model, dtype=args.dtype, limit=args.limit, published=size_name, tasks={})
         for task, (path, sha) in data.items():
             results = evaluate(scorer, task, path, args)
             numbers = [r._asdict() | dict(value=r.value, published=published(r, size)) for r in results]
             report["tasks"][task] = dict(sha256=sha, results=numbers)
             if dist.is_main:
-                note = f"; published for {[*SIZES][size]}" if any(published(r, size) for r in results) else ""
+                note = f"; published for {size_name}" if any(published(r, size) for r in results) else ""
                 print(f"\n{task}, sha256 {sha[:8]}…{note}")
                 print_table(results, size)
             if args.json:  # after each task, so that an error in the next one loses nothing
@@ -162,11 +168,6 @@ def newest_checkpoint() -> str:
     if not directories:
         raise UserError("no checkpoint in log/: train a model with python train_gpt2.py, or try --model gpt2")
     return str(directories[-1])
-
-
-def write_json(path: Path, report: dict) -> None:
-    with write_atomically(path) as f:
-        f.write((json.dumps(report, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from runtime.distributed import Distributed
-from runtime.files import download, write_atomically
+from runtime.files import download, write_json
 from runtime.options import option, output_file, parse_options
 from scoring import Example, Scorer, Scores, ScoringOptions
 from tokens import gpt2_encoding
@@ -88,9 +88,9 @@ def render_lm_eval(record: dict) -> tuple[list[int], list[list[int]], list[float
 
 def compute_accuracy(scores: Scores, examples: list[Question]) -> Accuracy:
     """Compare the most likely endings, by sum and by sum over length, with the right ones."""
-    scores = scores.sums().view(-1, 4).float()
+    sums = scores.sums().view(-1, 4).float()  # (n, 4)
     labels = torch.tensor([e.label for e in examples])
-    both = torch.stack([scores, scores / torch.tensor([e.lengths for e in examples])])  # (2, n, 4)
+    both = torch.stack([sums, sums / torch.tensor([e.lengths for e in examples])])  # (2, n, 4)
     acc, acc_norm = (both.argmax(dim=-1) == labels).sum(dim=-1).tolist()
     best, second = both.topk(2).values.unbind(dim=-1)  # (2, n) each
     return Accuracy(acc, acc_norm, near_ties=int((best - second < 1e-5).any(dim=0).sum()))
@@ -132,8 +132,10 @@ def main(argv: list[str] | None = None) -> int:
         path = args.data or dist.from_main(find_file)
         if not path.is_file():
             raise UserError(f"--data {path}: no such file", agreed=True)
-        numbers = evaluate(args.open(dist), path, args.limit)
-    for name, found in numbers.items() if dist.is_main else ():
+        numbers = evaluate(args.load_scorer(dist), path, args.limit)
+    if not dist.is_main:
+        return 0
+    for name, found in numbers.items():
         n = found["n"]
         if n != N_RECORDS and not args.limit:
             print(f"{path}: {n:,} records, where the validation set has {N_RECORDS:,}")
@@ -142,9 +144,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name:14}{metric:9}{p['value']:7.2%} ± {p['stderr']:.2%}  {right}   published: {published}")
         cut = found["contexts_cut"]
         print(f"{name:14}decided by less than 1e-5: {found['near_ties']}; contexts cut on the left: {cut}")
-    if args.json and dist.is_main:
-        with write_atomically(args.json) as f:
-            f.write((json.dumps(dict(model=args.model, dtype=args.dtype) | numbers, indent=2) + "\n").encode())
+    if args.json:
+        write_json(args.json, dict(model=args.model, dtype=args.dtype) | numbers)
     return 0
 
 

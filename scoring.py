@@ -31,7 +31,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model finds of n continuations of N tokens together, those of all examples in their order."""
+    """The scores of n continuations with N tokens in total, in the order of the examples."""
 
     logprobs: Tensor  # (N,) of float32: each token's log-probability, in nats
     is_greedy: Tensor  # (N,): whether it is the most likely token
@@ -46,7 +46,7 @@ class Scores:
     def all_greedy(self, allowed: bool = False) -> Tensor:
         """Return whether greedy decoding, of all ids or the allowed ones, gives the continuation, for each, (n,)."""
         greedy = self.is_allowed_greedy if allowed else self.is_greedy
-        return torch.segment_reduce(greedy.float(), "min", lengths=self.lengths) > 0
+        return torch.segment_reduce(greedy.float(), "min", lengths=self.lengths) > 0  # 1 only if all are
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Row:
     computed once."""
 
     context: Sequence[int]
-    continuations: dict[int, Sequence[int]]  # by the number of the first token, counting the tokens of all examples
+    continuations: dict[int, Sequence[int]]  # by the index of their first token in Scores
 
     def __len__(self) -> int:
         return len(self.context) + sum(len(c) - 1 for c in self.continuations.values())  # the last predicts nothing
@@ -77,7 +77,7 @@ def make_rows(examples: list[Example], max_tokens: int) -> tuple[list[Row], int]
             rows.append(Row(e.context, continuations))
         else:  # each continuation with as much of the context as fits before it
             n_cut += 1
-            rows += [Row(e.context[-(max_tokens - len(c)) :], {number: c}) for number, c in continuations.items()]
+            rows += [Row(e.context[-(max_tokens - len(c)) :], {index: c}) for index, c in continuations.items()]
     return sorted(rows, key=len, reverse=True), n_cut
 
 
@@ -99,7 +99,7 @@ class Scorer:
         cannot be the most likely. Raise UserError if a continuation is too long, memory too small, or a result not
         finite.
         """
-        rows, n_cut = make_rows(examples, max_tokens or self.model.config.block_size + 1)
+        rows, n_cut = make_rows(examples, max_tokens or self.model.config.block_size + 1)  # the last is only a target
         batches = []
         while rows:  # rows of similar length together
             n = max(1, self.batch_tokens // len(rows[0]))
@@ -109,10 +109,10 @@ class Scorer:
         scores = torch.zeros(3, int(lengths.sum()))
         mine = batches[self.dist.rank :: self.dist.size]  # neighbors take similar time
         try:
-            hidden = None if name and self.dist.is_main else True  # None: unless it is a terminal
-            for batch in tqdm(mine, name, unit="batch", disable=hidden, leave=False):
-                numbers, found = self.score_batch(batch, excluded or [])
-                scores[:, numbers] = found.float().cpu()
+            disable = not (name and self.dist.is_main) or None  # with None, tqdm shows the bar on a terminal only
+            for batch in tqdm(mine, name, unit="batch", disable=disable, leave=False):
+                indices, found = self.score_batch(batch, excluded or [])
+                scores[:, indices] = found.float().cpu()
         except (RuntimeError, MemoryError) as e:
             if not is_out_of_memory(e):
                 raise
@@ -126,30 +126,32 @@ class Scorer:
         return Scores(scores[0], scores[1] > 0, scores[2] > 0, lengths, n_cut)
 
     def score_batch(self, rows: list[Row], excluded: list[int]) -> tuple[Tensor, Tensor]:
-        """Return the numbers (n,) of the tokens of these rows' continuations, their log-probabilities and whether they
-        are the most likely, of all and of the allowed ids, (3, n)."""
+        """Return the indices (n,) in Scores of the tokens of these rows' continuations, and what Scores holds of them:
+        log-probability, whether it is the most likely token, and whether of the allowed ones, (3, n)."""
         B, S = len(rows), len(rows[0])
         batch = torch.zeros(3, B, S, dtype=torch.int64)
         idx, pos, part = batch  # (B, S) each; part tells the continuations apart, and is 0 for the context and padding
-        source, target, numbers = [], [], []  # where a scored token is predicted, which it is, its number
+        source, target, indices = [], [], []  # where a scored token is predicted, which it is, its index in Scores
         for b, row in enumerate(rows):
-            n = end = len(row.context)
+            n = start = len(row.context)
             idx[b, :n] = torch.as_tensor(row.context)
             pos[b, :n] = torch.arange(n)
-            for number, tokens in row.continuations.items():
-                start, end = end, end + len(tokens) - 1
+            for i, (first, tokens) in enumerate(row.continuations.items(), start=1):
+                end = start + len(tokens) - 1  # the last token is only a target
                 idx[b, start:end] = torch.as_tensor(tokens[:-1])
-                pos[b, start:end] = torch.arange(n, n + end - start)
-                part[b, start:end] = number + 1
-                source += [b * S + n - 1, *range(b * S + start, b * S + end)]
+                pos[b, start:end] = torch.arange(n, n + len(tokens) - 1)  # each continuation follows the context
+                part[b, start:end] = i
+                source.append(b * S + n - 1)  # the context's last token predicts the first token,
+                source += range(b * S + start, b * S + end)  # each token the next one
                 target.append(torch.as_tensor(tokens).long())
-                numbers += range(number, number + len(tokens))
+                indices += range(first, first + len(tokens))
+                start = end
         idx, pos, part = batch.to(self.model.transformer.wte.weight.device)
         mask = None  # causal
         if any(len(row.continuations) > 1 for row in rows):
-            earlier = torch.ones(S, S, dtype=torch.bool, device=idx.device).tril()
-            mask = earlier & ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None]))  # (B, S, S)
-            mask = mask[:, None]  # for all heads
+            causal = torch.ones(S, S, dtype=torch.bool, device=idx.device).tril()  # hides padding, at the end, too
+            mask = causal & ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None]))  # (B, S, S)
+            mask = mask[:, None]  # (B, 1, S, S): for all heads
         x = self.model.hidden(idx, pos=pos, mask=mask).view(B * S, -1)[source]  # (scored tokens, C)
         found = []
         # 512 tokens at a time: their logits are by far the largest thing here.
@@ -161,7 +163,7 @@ class Scorer:
                 logits[:, excluded] = -torch.inf
                 allowed_greedy = is_argmax(logits, some_target)
             found.append(torch.stack((-loss, greedy, allowed_greedy)))  # (3, 512)
-        return torch.tensor(numbers), torch.cat(found, dim=1)
+        return torch.tensor(indices), torch.cat(found, dim=1)
 
     def score_documents(self, documents: list[np.ndarray], stride: int, name: str = "") -> tuple[float, int]:
         """Return the nats of all tokens of the documents but the first of each, and how many these are."""
@@ -172,25 +174,28 @@ class Scorer:
 
 def is_argmax(logits: Tensor, target: Tensor) -> Tensor:
     """Return whether argmax of logits (n, V) is the target (n,). On a CPU, amax is five times as fast as argmax."""
-    is_max = logits.gather(1, target[:, None])[:, 0] >= logits.amax(dim=-1)
-    is_max[is_max.clone()] = logits[is_max].argmax(dim=-1) == target[is_max]  # several may be equal
+    is_max = logits.gather(1, target[:, None])[:, 0] == logits.amax(dim=-1)  # (n,)
+    rows = is_max.nonzero()[:, 0]  # of several equal logits, argmax takes one
+    is_max[rows] = logits[rows].argmax(dim=-1) == target[rows]
     return is_max
 
 
 def windows(tokens: np.ndarray, block_size: int, stride: int) -> list[Example]:
-    """Return windows of up to block_size tokens that score each token but the first once: all tokens of the first
-    window, then `stride` at the end of each. With stride = block_size none overlap, but for the last."""
+    """Return windows of at most block_size inputs that score each token but the first once: all tokens of the first
+    window, then `stride` at the end of each. With stride = block_size only the last overlaps the one before."""
     examples, start = [], 1
     while start < len(tokens):
         end = min(len(tokens), start + (block_size if start == 1 else stride))
-        examples.append(Example(tokens[max(0, end - 1 - block_size) : start], [tokens[start:end]]))
+        begin = max(0, end - 1 - block_size)  # the last token is only a target
+        examples.append(Example(tokens[begin:start], [tokens[start:end]]))
         start = end
     return examples
 
 
-def split_common(sequences: list[np.ndarray]) -> Example:
+def split_common_prefix(sequences: list[np.ndarray]) -> Example:
     """Return sequences as continuations of their longest common prefix that leaves a token of each."""
-    n = min(len(os.path.commonprefix([s.tolist() for s in sequences])), min(map(len, sequences)) - 1)
+    common = len(os.path.commonprefix([s.tolist() for s in sequences]))  # of any sequences, not only paths
+    n = min(common, min(map(len, sequences)) - 1)
     return Example(sequences[0][:n], [s[n:] for s in sequences])
 
 
@@ -204,7 +209,7 @@ class Result(NamedTuple):
 
     task: str
     convention: str
-    metric: str  # accuracy; nats/token; ppl/token, ppl/word, ppl/word+line, ppl/byte: perplexities; bits/byte
+    metric: str  # accuracy; nats/token; ppl/token, ppl/word, ppl/word+line, ppl/byte: perplexities; bits/byte; centered
     total: float
     n: int
 
@@ -212,7 +217,7 @@ class Result(NamedTuple):
     def value(self) -> float:
         mean = self.total / self.n
         if self.metric.startswith("ppl"):
-            return math.exp(min(mean, 700.0))
+            return math.exp(min(mean, 700.0))  # exp(710) is not finite
         return mean / math.log(2) if self.metric == "bits/byte" else mean
 
 
@@ -225,8 +230,8 @@ class ScoringOptions:
     dtype: str = option("float32", "precision of the weights", choices=("float32", "bfloat16", "float16"))
     batch_tokens: int | None = option(None, "tokens at once (default: 1,024; 65,536 on CUDA)", low=1, metavar="N")
 
-    def open(self, dist: Distributed) -> Scorer:
-        """Return the scorer that the options describe. Raise UserError."""
+    def load_scorer(self, dist: Distributed) -> Scorer:
+        """Load the model that the options name. Raise UserError."""
         with dist.agree():
             dist.set_device(choose_device(self.device))
             model = checkpoint.load_model("--model", self.model)

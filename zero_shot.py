@@ -5,6 +5,7 @@ No code of the paper's evaluation was published; docs/evaluation.md says what is
 
 from errors import UserError
 import io
+import itertools
 import json
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from detokenizers import Detokenizer, lm_eval_wikitext
 from fineweb import check_texts, find_reader
 from runtime.files import download, open_zip
-from scoring import Example, Result, Scorer, document, split_common
+from scoring import Example, Result, Scorer, document, split_common_prefix
 from tokens import ASSETS, encode, gpt2_encoding
 
 DATA = json.loads((ASSETS / "zero_shot.json").read_text())
@@ -30,9 +31,10 @@ def find_file(task: str, data_dir: Path) -> Path:
         suffixes = [".zip", ".txt"]
     elif not task.startswith(("lambada", "cbt")):
         suffixes.append(".txt")
-    paths = [data_dir / f"{task}{suffix}" for suffix in suffixes]
-    path = data_dir / f"{task}{Path(SOURCES[task]).suffix}"
-    return next(filter(Path.is_file, paths), None) or download(SOURCES[task], path, SHA256.get(task))
+    for suffix in suffixes:
+        if (path := data_dir / f"{task}{suffix}").is_file():
+            return path
+    return download(SOURCES[task], data_dir / f"{task}{Path(SOURCES[task]).suffix}", SHA256.get(task))
 
 
 def read(task: str, path: Path) -> list:
@@ -71,8 +73,13 @@ def versions(task: str, texts: list[str]) -> dict[str, list[str]]:
     """Return texts as they are and, where they are spaced-out words, de-tokenized."""
     if task in ("lambada", "enwik8", "text8"):
         return {"as it is": texts}
-    d = Detokenizer('" "', joiners=True) if task[:4] == "wiki" else Detokenizer('" "' if task == "1bw" else "`` ''")
-    plain = [d.detokenize(text.strip(" \n")) + "\n" * text.endswith("\n") for text in texts]
+    if task == "1bw" or task.startswith("wikitext"):
+        detokenizer = Detokenizer(joiners=task != "1bw")
+    else:
+        detokenizer = Detokenizer("``", "''")
+    plain = []
+    for text in texts:  # spaces at the ends of a line are not scored
+        plain.append(detokenizer.detokenize(text.strip(" \n")) + ("\n" if text.endswith("\n") else ""))
     return {"as it is": texts, "de-tokenized": plain}
 
 
@@ -92,7 +99,9 @@ def lambada(scorer: Scorer, task: str, texts: list[str]) -> list[Result]:
         nats, last_nats = -scores.logprobs.double().sum().item(), -scores.logprobs[last].double().sum().item()
         results += [
             Result(task, f"{version}, last word", "accuracy", int(scores.all_greedy().sum()), n),
-            Result(task, f"{version}, last word, no stop word", "accuracy", int(scores.all_greedy(True).sum()), n),
+            Result(
+                task, f"{version}, last word, no stop word", "accuracy", int(scores.all_greedy(allowed=True).sum()), n
+            ),
             Result(task, f"{version}, last token", "accuracy", int(scores.is_greedy[last].sum()), n),
             Result(task, f"{version}, last word", "ppl/word", nats, n),
             Result(task, f"{version}, last word", "ppl/token", nats, len(scores.logprobs)),
@@ -104,12 +113,16 @@ def lambada(scorer: Scorer, task: str, texts: list[str]) -> list[Result]:
 def cbt(scorer: Scorer, task: str, records: list[tuple[list[str], str, list[str], str]]) -> list[Result]:
     """Choose the word for each question's blank (Hill et al., 2016) with which the whole question is most likely."""
     texts = [" ".join([*s, question.replace("XXXXX", o)]) for s, question, options, _ in records for o in options]
+    n_options = [len(options) for _, _, options, _ in records]
+    starts = np.cumsum([0, *n_options])  # of each record's texts
     results = []
     for version, some_texts in versions(task, texts).items():
-        sequences = map(document, some_texts)
-        examples = [split_common([next(sequences) for _ in options]) for _, _, options, _ in records]
-        sums = iter(scorer.score(examples, name=task).sums().tolist())
-        n_right = sum(max(options, key=lambda _: next(sums)) == answer for _, _, options, answer in records)
+        tokens = [document(text) for text in some_texts]
+        examples = [split_common_prefix(tokens[start:end]) for start, end in itertools.pairwise(starts)]
+        sums = scorer.score(examples, name=task).sums().split(n_options)  # of each record (n_options,)
+        n_right = 0
+        for (_, _, options, answer), candidates in zip(records, sums, strict=True):
+            n_right += options[int(candidates.argmax())] == answer
         results.append(Result(task, f"{version}, word and rest of sentence", "accuracy", n_right, len(records)))
     return results
 
@@ -121,10 +134,11 @@ def perplexities(
     n_words = sum(len(original.split()) for original in originals)
     n_lines = sum(original.count(b"\n") for original in originals)
     results = []
+    n_bytes = sum(map(len, originals))
     for version, tokens in texts.items():
-        nats, n = scorer.score_documents([tokens], stride, task)
-        counts = {"nats/token": n, "ppl/token": n, "ppl/word": n_words, "ppl/word+line": n_words + n_lines}
-        counts["bits/byte"] = sum(map(len, originals))
+        nats, n_tokens = scorer.score_documents([tokens], stride, task)
+        counts = {"nats/token": n_tokens, "ppl/token": n_tokens, "ppl/word": n_words}
+        counts |= {"ppl/word+line": n_words + n_lines, "bits/byte": n_bytes}
         results += [Result(task, f"{version}, stride {stride}", metric, nats, n) for metric, n in counts.items()]
     return results
 
@@ -136,10 +150,11 @@ def lm_eval(scorer: Scorer, task: str, lines: list[str]) -> list[Result]:
         if re.fullmatch(r"\s*= [^=].* =\s*", line) and pages[-1].strip():  # a page's title; sections have more "="
             pages.append("")
         pages[-1] += line
-    pages = [page.removesuffix("\n") for page in pages[:-1]] + pages[-1:]
+    pages = [page.removesuffix("\n") for page in pages[:-1]] + pages[-1:]  # as its loader leaves them
     documents = [document(lm_eval_wikitext(page)) for page in pages]
     nats, _ = scorer.score_documents(documents, scorer.model.config.block_size, task)
-    n_words, n_bytes = sum(len(re.split(r"\s+", page)) for page in pages), sum(len(page.encode()) for page in pages)
+    n_words = sum(len(re.split(r"\s+", page)) for page in pages)  # with the empty ones at the ends, as there
+    n_bytes = sum(len(page.encode()) for page in pages)
     counts = {"ppl/word": n_words, "ppl/byte": n_bytes, "bits/byte": n_bytes}
     return [Result(task, "as lm-evaluation-harness", metric, nats, n) for metric, n in counts.items()]
 

@@ -3,6 +3,7 @@
 from errors import UserError, first_line
 import contextlib
 import hashlib
+import json
 import os
 import urllib.request
 import zipfile
@@ -35,6 +36,11 @@ def write_atomically(path: Path) -> Iterator[BinaryIO]:
     finally:
         if not is_device:
             partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    with write_atomically(path) as f:
+        f.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 def download(url: str, path: Path, sha256: str | None = None) -> Path:

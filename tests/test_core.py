@@ -192,14 +192,14 @@ def test_the_bundle_is_downloaded_once(prepared, tmp_path, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         monkeypatch.setattr(core, "URL", f"http://127.0.0.1:{server.server_port}/eval_bundle.zip")
-        found = core.find_bundle(None, tmp_path / "data")
+        found = core.find_bundle(tmp_path / "data")
         server.shutdown()
-    assert found == tmp_path / "data/eval_bundle" == core.find_bundle(None, tmp_path / "data")  # without the server
+    assert found == tmp_path / "data/eval_bundle" == core.find_bundle(tmp_path / "data")  # without the server
     assert sorted(p.relative_to(found) for p in found.rglob("*")) == sorted(
         p.relative_to(bundle) for p in bundle.rglob("*")
     )
     with pytest.raises(core.UserError, match="other/eval_bundle.zip, and it could not be downloaded") as error:
-        core.find_bundle(None, tmp_path / "other")
+        core.find_bundle(tmp_path / "other")
     assert error.value.status == 4
 
 
@@ -212,5 +212,5 @@ def test_a_broken_zip_is_one_error(prepared, tmp_path, damage):
     path.write_bytes({"no zip": b"<html>", "half": content[: len(content) // 2]}.get(damage, wrong))
     for _ in range(2):  # again: what has been unpacked before the error does not count as the bundle
         with pytest.raises(core.UserError, match="eval_bundle.zip: cannot be read as a zip file") as error:
-            core.find_bundle(None, tmp_path)
+            core.find_bundle(tmp_path)
         assert error.value.status == 2
