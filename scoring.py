@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from model import GPT
 from runtime import checkpoint
-from runtime.device import choose_device, is_out_of_memory, tune_malloc
+from runtime.device import choose_device, oom_as_user_error, tune_malloc
 from runtime.distributed import Distributed
 from runtime.options import option
 from tokens import END_OF_TEXT, encode
@@ -93,7 +93,7 @@ class Scorer:
     def score(
         self, examples: list[Example], max_tokens: int | None = None, excluded: list[int] | None = None, name: str = ""
     ) -> Scores:
-        """Score the examples' continuations, with a progress bar on a terminal if these have a name.
+        """Score the examples' continuations, with a progress bar if these have a name.
 
         A context and a continuation have at most max_tokens, by default as many as the model can take. The excluded ids
         cannot be the most likely. Raise UserError if a continuation is too long, memory too small, or a result not
@@ -108,17 +108,10 @@ class Scorer:
         lengths = torch.tensor([len(c) for e in examples for c in e.continuations])
         scores = torch.zeros(3, int(lengths.sum()))
         mine = batches[self.dist.rank :: self.dist.size]  # neighbors take similar time
-        try:
-            disable = not (name and self.dist.is_main) or None  # with None, tqdm shows the bar on a terminal only
-            for batch in tqdm(mine, name, unit="batch", disable=disable, leave=False):
+        with oom_as_user_error(f"a batch of {self.batch_tokens:,} tokens", "a smaller --batch_tokens"):
+            for batch in tqdm(mine, name, unit="batch", disable=not (name and self.dist.is_main), leave=False):
                 indices, found = self.score_batch(batch, excluded or [])
                 scores[:, indices] = found.float().cpu()
-        except (RuntimeError, MemoryError) as e:
-            if not is_out_of_memory(e):
-                raise
-            raise UserError(
-                f"{self.batch_tokens:,} tokens at once do not fit into memory: try fewer --batch_tokens"
-            ) from e
         scores = self.dist.all_reduce(scores).cpu()
         if not scores.isfinite().all():
             dtype = str(self.model.transformer.wte.weight.dtype).removeprefix("torch.")

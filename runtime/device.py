@@ -100,14 +100,14 @@ def is_out_of_memory(e: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def oom_as_user_error(what: str) -> Iterator[None]:
-    """Raise UserError if there is not enough memory for what is made in this block."""
+def oom_as_user_error(what: str, hint: str = "a smaller --preset") -> Iterator[None]:
+    """Raise UserError, with a hint what to try, if there is not enough memory for what is made in this block."""
     try:
         yield
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise
-        raise UserError(f"{what} does not fit into memory: try a smaller --preset") from None
+        raise UserError(f"{what} does not fit into memory: try {hint}") from None
 
 
 def tune_malloc() -> None:

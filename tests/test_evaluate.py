@@ -404,6 +404,16 @@ def test_errors_are_one_line(here, model_dir, capsys, monkeypatch, flags, status
     assert len(lines) == 1 and lines[0].startswith("evaluate.py: error: ") and message.format(here=here) in lines[0]
 
 
+def test_batch_that_does_not_fit_is_one_line(here, model_dir, capsys, monkeypatch):
+    def score_batch(*args):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Scorer, "score_batch", score_batch)
+    assert run_script(evaluate.main, ["--model", str(model_dir), "--device", "cpu", "--limit", "1"]) == 2
+    line = "evaluate.py: error: a batch of 1,024 tokens does not fit into memory: try a smaller --batch_tokens"
+    assert capsys.readouterr().err.splitlines()[-1] == line
+
+
 def test_no_checkpoint_is_one_line(here, capsys):
     assert run_script(evaluate.main, []) == 2
     assert capsys.readouterr().err.startswith("evaluate.py: error: no checkpoint in log/: train a model with")
