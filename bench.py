@@ -13,7 +13,6 @@ the fastest precision of the device.
 from errors import UserError, run_script
 import contextlib
 import io
-import json
 import os
 import re
 import subprocess
@@ -33,7 +32,7 @@ from model import GPT, GPTConfig, sample
 from recipe import PRESETS, TrainConfig
 from runtime.device import choose_device, choose_dtype, peak_memory, tune_malloc
 from runtime.distributed import Distributed
-from runtime.files import write_atomically
+from runtime.files import write_json
 from runtime.options import option, output_file, parse_options
 from scoring import Scorer
 from tokens import END_OF_TEXT, VOCAB_SIZE, gpt2_encoding
@@ -269,8 +268,7 @@ def main(argv: list[str] | None = None) -> int:
         print_table(name, unit, runs)
         figures[name] = dict(unit=unit, runs=runs)
     if args.json:
-        with write_atomically(args.json) as f:
-            f.write((json.dumps(figures, indent=1) + "\n").encode())
+        write_json(args.json, figures)
     return 0
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import yaml
 
 from runtime.files import download, open_zip
-from scoring import Example, Result, Scorer, document, split_common_prefix
+from scoring import Example, Result, Scorer, split_common_prefix
+from tokens import encode_document
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 PUBLISHED = (0.1139, 0.1849, 0.2146, 0.2565)  # of 124M, 350M, 774M and 1558M
@@ -76,6 +77,7 @@ def render_texts(task: dict, record: dict) -> list[str]:
 
 
 def right_option(task: dict, record: dict) -> int:
+    """Return the number of the right option; of a record to be completed, of the only one."""
     return 0 if task["icl_task_type"] == "language_modeling" else int(record["gold"])
 
 
@@ -85,13 +87,13 @@ def render(task: dict, i: int) -> list[Example]:
     others = records[:i] + records[i + 1 :]
     solved = random.Random(1234 + i).sample(others, task["num_fewshot"][0])
     before = "".join(f"{render_texts(task, record)[right_option(task, record)]}\n\n" for record in solved)
-    options = [document(before + text) for text in render_texts(task, records[i])]
+    options = [encode_document(before + text) for text in render_texts(task, records[i])]
     if task["icl_task_type"] == "multiple_choice":
         return [split_common_prefix(options)]
     if task["icl_task_type"] == "schema":  # the same end after different beginnings
         n = len(split_common_prefix([tokens[::-1] for tokens in options]).context)  # tokens of the common end
         return [Example(tokens[:-n], [tokens[-n:]]) for tokens in options]
-    context = document(f"{before}{records[i]['context'].strip()}{task['delimiter']}".strip())
+    context = encode_document(f"{before}{records[i]['context'].strip()}{task['delimiter']}".strip())
     if not np.array_equal(context, options[0][: len(context)]):
         raise ValueError("the tokens of its context are not the first ones of the whole")
     return [Example(context, [options[0][len(context) :]])]
@@ -99,14 +101,15 @@ def render(task: dict, i: int) -> list[Example]:
 
 def count_right(scorer: Scorer, task: dict, n: int) -> int:
     """Return how many of a task's first n records the model gets right. Raise UserError."""
-    examples, n_options = [], []
+    examples, n_options, right = [], [], []
     for i in range(n):
         try:
             rendered = render(task, i)
             if not all(len(e.context) and all(map(len, e.continuations)) for e in rendered):
                 raise ValueError("there is nothing to score")
             n_options.append(sum(len(e.continuations) for e in rendered))
-            if right_option(task, task["records"][i]) not in range(n_options[i]):
+            right.append(right_option(task, task["records"][i]))
+            if right[i] not in range(n_options[i]):
                 raise ValueError("gold is not the number of an option")
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
             raise UserError(f"CORE's {task['label']}, record {i + 1:,}: {e!r}", agreed=True) from None
@@ -116,7 +119,7 @@ def count_right(scorer: Scorer, task: dict, n: int) -> int:
     if task["icl_task_type"] == "language_modeling":
         return int(scores.all_greedy().sum())
     means = (scores.sums() / scores.lengths).split(n_options)  # of each record (n_options,)
-    return sum(int(means[i].argmax()) == right_option(task, task["records"][i]) for i in range(n))
+    return sum(int(means[i].argmax()) == right[i] for i in range(n))
 
 
 def evaluate(scorer: Scorer, bundle: Path, limit: int | None) -> list[Result]:

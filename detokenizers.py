@@ -1,4 +1,4 @@
-"""De-tokenizers: from the spaced-out words of old corpora to plain text, and back to the same words.
+"""De-tokenizers: from corpora with a space between words and punctuation to plain text, and back.
 
 The GPT-2 paper (section 3.1) scores such corpora through "invertible de-tokenizers", so that the probability of the
 plain text is the probability of the corpus. They were not published; these are our own.
@@ -27,9 +27,11 @@ class Detokenizer:
         self.plain = {opening: '"', closing: '"'} | self.joiners  # words that are written in another way
 
     def detokenize(self, text: str) -> str:
+        """Return the plain text."""
         return "\n".join(" ".join(self.join_line(line.split(" "))) for line in text.split("\n"))
 
     def tokenize(self, text: str) -> str:
+        """Return the text that was de-tokenized. Only the tests need it, to prove that there is an inverse."""
         lines = text.split("\n")
         return "\n".join(" ".join(word for chunk in line.split(" ") for word in self.split(chunk)) for line in lines)
 

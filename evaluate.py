@@ -28,8 +28,8 @@ from runtime.distributed import Distributed
 from runtime.files import write_json
 from runtime.options import option, output_file, parse_options
 from runtime.shards import check_ids, shard_paths
-from scoring import Result, Scorer, ScoringOptions, document
-from tokens import END_OF_TEXT, gpt2_encoding, sha256
+from scoring import Result, Scorer, ScoringOptions
+from tokens import END_OF_TEXT, encode_document, gpt2_encoding, sha256
 
 ROOT = Path(__file__).resolve().parent
 TASKS = ["text", *zero_shot.SOURCES, "hellaswag", "core"]
@@ -73,7 +73,7 @@ def read_tokens(path: Path, only_val: bool) -> np.ndarray:
             check_ids(name, 0, tokens)
             parts.append(tokens)
     else:
-        parts += [document(text) for text in check_texts(find_reader(path)(path, "text"), "text", str(path))]
+        parts += [encode_document(text) for text in check_texts(find_reader(path)(path, "text"), "text", str(path))]
     tokens = np.concatenate(parts)
     has_its_own = len(tokens) > 1 and tokens[1] == END_OF_TEXT
     return tokens[1:] if has_its_own else tokens
@@ -90,7 +90,7 @@ def evaluate_text(scorer: Scorer, path: Path, args: Options, strides: list[int])
         if not any(text.split() for text in originals):
             raise UserError(f"--data {path}: holds no text")
     name = args.data.name if args.data else "the last tenth of input.txt"
-    return [r for s in strides for r in zero_shot.perplexities(scorer, "text", {name: tokens}, originals, s)]
+    return zero_shot.perplexities(scorer, "text", {name: tokens}, originals, strides)
 
 
 def evaluate(scorer: Scorer, task: str, path: Path, args: Options) -> list[Result]:
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
             if unknown := [name for name in args.tasks if name not in GROUPS]:
                 raise UserError(f"--tasks {unknown[0]}: no such task; there are {', '.join(GROUPS)}")
         tasks = [task for task in TASKS if any(task in GROUPS[name] for name in args.tasks)]
-        args = replace(args, model=args.model or dist.from_main(newest_checkpoint))
+        args = replace(args, model=args.model or dist.from_main(checkpoint.newest_model))
         data = dist.from_main(lambda: {task: find_data(task, args) for task in tasks})
         scorer = args.load_scorer(dist)
         config = scorer.model.config
@@ -160,14 +160,6 @@ def main(argv: list[str] | None = None) -> int:
             if args.json:  # after each task, so that an error in the next one loses nothing
                 dist.from_main(lambda: write_json(args.json, report))
     return 0
-
-
-def newest_checkpoint() -> str:
-    """Return the directory of the newest checkpoint in log/. Raise UserError."""
-    directories = [*checkpoint.checkpoints(Path("log")).values()]
-    if not directories:
-        raise UserError("no checkpoint in log/: train a model with python train_gpt2.py, or try --model gpt2")
-    return str(directories[-1])
 
 
 if __name__ == "__main__":

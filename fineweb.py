@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from runtime import shards
 from runtime.options import option, parse_options
-from tokens import END_OF_TEXT, SHA256, encode, gpt2_encoding, sha256
+from tokens import END_OF_TEXT, SHA256, encode_document, gpt2_encoding, sha256
 
 OUT_DIR = Path(__file__).resolve().parent / "edu_fineweb10B"
 PRETOKENIZED = "kjj0/finewebedu10B-gpt2"
@@ -191,8 +191,7 @@ def open_dataset(dataset: str, name: str | None, split: str, revision: str, colu
 
 def encode_tiktoken(texts: list[str]) -> np.ndarray:
     """Return <|endoftext|> and the tokens of a document, for each of them: (n,) of uint16."""
-    end = np.array([END_OF_TEXT], dtype=np.uint16)
-    return np.concatenate([part for text in texts for part in (end, encode(text))])
+    return np.concatenate([encode_document(text) for text in texts])
 
 
 def make_gigatoken() -> Callable[[list[str]], np.ndarray]:

@@ -100,10 +100,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--prompt and --prompt_file: give one of them")
     prompt = find_prompt(args)
     generator = torch.Generator(choose_device(args.device)).manual_seed(args.seed)
-    names = [args.model] if args.model else [*checkpoint.checkpoints(Path("log")).values()]
-    if not names:
-        raise UserError("no checkpoint in log/: train a model with python train_gpt2.py, or try --model gpt2")
-    model = checkpoint.load_model("--model", names[-1]).eval().to(generator.device)
+    name = args.model or checkpoint.newest_model()
+    model = checkpoint.load_model("--model", name).eval().to(generator.device)
     if prompt is None:
         repl(model, args, generator)
         return 0

@@ -18,7 +18,6 @@ from runtime import checkpoint
 from runtime.device import choose_device, oom_as_user_error, tune_malloc
 from runtime.distributed import Distributed
 from runtime.options import option
-from tokens import END_OF_TEXT, encode
 
 
 @dataclass(frozen=True)
@@ -190,11 +189,6 @@ def split_common_prefix(sequences: list[np.ndarray]) -> Example:
     common = len(os.path.commonprefix([s.tolist() for s in sequences]))  # of any sequences, not only paths
     n = min(common, min(map(len, sequences)) - 1)
     return Example(sequences[0][:n], [s[n:] for s in sequences])
-
-
-def document(text: str) -> np.ndarray:
-    """Return <|endoftext|> and the tokens of a text, (n,) of uint16."""
-    return np.append(np.uint16(END_OF_TEXT), encode(text))
 
 
 class Result(NamedTuple):

@@ -61,3 +61,8 @@ def encode(text: str) -> np.ndarray:
         parts = re.split(f"(?={WHITESPACE}{NO_WHITESPACE})(?<={WHITESPACE}{{{LONG_RUN}}})", text)
     ids = [gpt2_encoding().encode_to_numpy(part, disallowed_special=()) for part in parts]
     return np.concatenate(ids).astype(np.uint16)
+
+
+def encode_document(text: str) -> np.ndarray:
+    """Return <|endoftext|> and the token ids of a text, (n,) of uint16."""
+    return np.append(np.uint16(END_OF_TEXT), encode(text))

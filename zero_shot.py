@@ -15,8 +15,8 @@ import numpy as np
 from detokenizers import Detokenizer, lm_eval_wikitext
 from fineweb import check_texts, find_reader
 from runtime.files import download, open_zip
-from scoring import Example, Result, Scorer, document, split_common_prefix
-from tokens import ASSETS, encode, gpt2_encoding
+from scoring import Example, Result, Scorer, split_common_prefix
+from tokens import ASSETS, encode, encode_document, gpt2_encoding
 
 DATA = json.loads((ASSETS / "zero_shot.json").read_text())
 SOURCES, SHA256 = DATA["sources"], DATA["sha256"]  # of each task's file; of CBT the validation set, as in the paper
@@ -70,7 +70,7 @@ def split_lines(text: str) -> list[str]:
 
 
 def versions(task: str, texts: list[str]) -> dict[str, list[str]]:
-    """Return texts as they are and, where they are spaced-out words, de-tokenized."""
+    """Return texts as they are and, where words and punctuation have spaces between them, de-tokenized."""
     if task in ("lambada", "enwik8", "text8"):
         return {"as it is": texts}
     if task == "1bw" or task.startswith("wikitext"):
@@ -96,12 +96,11 @@ def lambada(scorer: Scorer, task: str, texts: list[str]) -> list[Result]:
             examples.append(Example(context, [encode(text)[len(context) :]]))
         scores = scorer.score(examples, excluded=stop_ids, name=task)
         n, last = len(texts), scores.lengths.cumsum(dim=0) - 1  # the last token of each text
+        n_allowed = int(scores.all_greedy(allowed=True).sum())
         nats, last_nats = -scores.logprobs.double().sum().item(), -scores.logprobs[last].double().sum().item()
         results += [
             Result(task, f"{version}, last word", "accuracy", int(scores.all_greedy().sum()), n),
-            Result(
-                task, f"{version}, last word, no stop word", "accuracy", int(scores.all_greedy(allowed=True).sum()), n
-            ),
+            Result(task, f"{version}, last word, no stop word", "accuracy", n_allowed, n),
             Result(task, f"{version}, last token", "accuracy", int(scores.is_greedy[last].sum()), n),
             Result(task, f"{version}, last word", "ppl/word", nats, n),
             Result(task, f"{version}, last word", "ppl/token", nats, len(scores.logprobs)),
@@ -117,7 +116,7 @@ def cbt(scorer: Scorer, task: str, records: list[tuple[list[str], str, list[str]
     starts = np.cumsum([0, *n_options])  # of each record's texts
     results = []
     for version, some_texts in versions(task, texts).items():
-        tokens = [document(text) for text in some_texts]
+        tokens = [encode_document(text) for text in some_texts]
         examples = [split_common_prefix(tokens[start:end]) for start, end in itertools.pairwise(starts)]
         sums = scorer.score(examples, name=task).sums().split(n_options)  # of each record (n_options,)
         n_right = 0
@@ -128,14 +127,14 @@ def cbt(scorer: Scorer, task: str, records: list[tuple[list[str], str, list[str]
 
 
 def perplexities(
-    scorer: Scorer, task: str, texts: dict[str, np.ndarray], originals: list[bytes], stride: int
+    scorer: Scorer, task: str, streams: dict[str, np.ndarray], originals: list[bytes], strides: list[int]
 ) -> list[Result]:
-    """Score the tokens of each version of a text as one stream. Words, lines and bytes are those of the originals."""
+    """Score each version of a text as one stream of tokens. Words, lines and bytes are those of the originals."""
     n_words = sum(len(original.split()) for original in originals)
     n_lines = sum(original.count(b"\n") for original in originals)
-    results = []
     n_bytes = sum(map(len, originals))
-    for version, tokens in texts.items():
+    results = []
+    for (version, tokens), stride in itertools.product(streams.items(), strides):
         nats, n_tokens = scorer.score_documents([tokens], stride, task)
         counts = {"nats/token": n_tokens, "ppl/token": n_tokens, "ppl/word": n_words}
         counts |= {"ppl/word+line": n_words + n_lines, "bits/byte": n_bytes}
@@ -151,9 +150,9 @@ def lm_eval(scorer: Scorer, task: str, lines: list[str]) -> list[Result]:
             pages.append("")
         pages[-1] += line
     pages = [page.removesuffix("\n") for page in pages[:-1]] + pages[-1:]  # as its loader leaves them
-    documents = [document(lm_eval_wikitext(page)) for page in pages]
+    documents = [encode_document(lm_eval_wikitext(page)) for page in pages]
     nats, _ = scorer.score_documents(documents, scorer.model.config.block_size, task)
-    n_words = sum(len(re.split(r"\s+", page)) for page in pages)  # with the empty ones at the ends, as there
+    n_words = sum(len(re.split(r"\s+", page)) for page in pages)  # empty strings at the ends count, as in its code
     n_bytes = sum(len(page.encode()) for page in pages)
     counts = {"ppl/word": n_words, "ppl/byte": n_bytes, "bits/byte": n_bytes}
     return [Result(task, "as lm-evaluation-harness", metric, nats, n) for metric, n in counts.items()]
@@ -169,9 +168,9 @@ def evaluate(scorer: Scorer, task: str, path: Path, strides: list[int], limit: i
         return lambada(scorer, task, records)
     if task.startswith("cbt"):
         return cbt(scorer, task, records)
-    texts = {version: document("".join(lines)) for version, lines in versions(task, records).items()}
+    streams = {version: encode_document("".join(lines)) for version, lines in versions(task, records).items()}
     originals = ["".join(records).encode()]
     if not originals[0].split():
         raise UserError(f"{path}: holds no text", agreed=True)
-    results = [r for stride in strides for r in perplexities(scorer, task, texts, originals, stride)]
+    results = perplexities(scorer, task, streams, originals, strides)
     return results + (lm_eval(scorer, task, records) if task.endswith("-raw") else [])

@@ -214,6 +214,14 @@ def load(directory: Path) -> tuple[GPT, dict]:
         return GPT.from_pretrained(directory), state
 
 
+def newest_model() -> str:
+    """Return the directory of the newest checkpoint in log/. Raise UserError if there is none."""
+    directories = [*checkpoints(Path("log")).values()]
+    if not directories:
+        raise UserError("no checkpoint in log/: train a model with python train_gpt2.py, or try --model gpt2")
+    return str(directories[-1])
+
+
 def load_model(flag: str, name_or_dir: str | Path) -> GPT:
     """Return the model with GPT-2's vocabulary that this flag names: a directory, or a name on the hub."""
     with errors_of(f"{flag} {name_or_dir}: cannot be loaded as a GPT-2"):

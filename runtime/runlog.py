@@ -2,7 +2,6 @@
 
 from errors import UserError, first_line, silence
 import contextlib
-import json
 import os
 import platform
 import shutil
@@ -22,7 +21,7 @@ from tqdm import tqdm
 import plot
 from recipe import TrainConfig
 from runtime import checkpoint
-from runtime.files import write_atomically
+from runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -106,8 +105,7 @@ class RunLog:
                 self.print(f"files of an earlier run in {self.dir} are now in {old}{hint}")
             if resume_from is not None:
                 self.restore_logs(resume_from)
-            with write_atomically(self.dir / "run.json") as f:
-                f.write((json.dumps(metadata, indent=2) + "\n").encode())
+            write_json(self.dir / "run.json", metadata)
             for name in checkpoint.LOGS:  # buffering=1: each line survives the death of this process
                 self.files[name] = open(self.dir / name, "a", encoding="utf-8", buffering=1)
             if self.files["steps.csv"].tell() == 0:
