@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from muon import Muon
 from tokens import ASSETS, END_OF_TEXT, VOCAB_SIZE
@@ -137,8 +138,15 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
+        self.recompute = False  # set by set_recompute
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        if self.recompute and self.training:
+            # Keep only x for the backward pass, which calls add_branches again (Chen et al., 2016, section 3).
+            return checkpoint(self.add_branches, x, mask, cache, use_reentrant=False)
+        return self.add_branches(x, mask, cache)
+
+    def add_branches(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         x = x + self.attn(self.ln_1(x), mask, cache)
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -289,6 +297,14 @@ class GPT(nn.Module):
             raise ValueError(f"{name_or_dir}: {e}") from None
         return model
 
+    @classmethod
+    def from_weights(cls, config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
+        """Return a model that holds these tensors themselves, by the names of `state_dict`."""
+        with torch.device("meta"):  # shapes alone; the tensors take their places
+            model = cls(config)
+        model.load_state_dict(weights, assign=True)
+        return model
+
     @torch.no_grad()
     def load_hf_state(self, state: dict[str, Tensor]) -> None:
         """Copy weights in Hugging Face's layout. Raise ValueError if a tensor is missing, misshapen or unknown."""
@@ -348,6 +364,11 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = dropout
+
+    def set_recompute(self, recompute: bool) -> None:
+        """Choose whether the backward pass computes each block's activations again, which saves their memory."""
+        for block in self.transformer.h:
+            block.recompute = recompute
 
     def configure_optimizers(
         self,
