@@ -8,6 +8,7 @@ python train_gpt2.py --resume                                     resume the run
 
 from errors import UserError, first_line, print_error, run_script
 import contextlib
+import gc
 import math
 import signal
 import sys
@@ -25,7 +26,7 @@ import hellaswag
 from data import Data, DataLoaderLite, inputs_and_targets, open_data
 from model import GPT
 from recipe import PRESETS, TrainConfig, learning_rate
-from runtime import checkpoint
+from runtime import checkpoint, sharding
 from runtime.device import is_out_of_memory, oom_as_user_error, peak_flops, peak_memory, tune_malloc
 from runtime.distributed import Distributed, StopSignals, read_environment
 from runtime.options import parse_options
@@ -65,6 +66,7 @@ class Trainer:
 
     def __init__(self, plan: Plan, data: Data, dist: Distributed):
         self.plan, self.config, self.dist = plan, plan.config, dist
+        self.sharded = plan.config.shard == "on"
         self.step = plan.record["step"] if plan.record else 0  # the number of steps taken, and of the next one
         self.saved_step = self.step  # a resumed step is not saved again
         self.evaluated_step = self.step if plan.record and plan.record["evaluated"] else -1
@@ -119,8 +121,8 @@ class Trainer:
         for micro_step in range(self.grad_accum_steps):
             x, y = inputs_and_targets(next(self.micro_batches), self.dist.device)
             torch.manual_seed(dropout_seed(self.config.seed, self.step, micro_step * self.dist.size + self.dist.rank))
-            # DDP averages the gradients over the ranks once, with the last micro-step.
-            self.model.require_backward_grad_sync = micro_step == self.grad_accum_steps - 1
+            # The gradients are averaged over the ranks once, with the last micro-step.
+            self.set_gradient_sync(self.model, micro_step == self.grad_accum_steps - 1)
             with self.autocast:
                 loss = self.model(x, y)
             loss = loss / self.grad_accum_steps
@@ -129,8 +131,10 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         max_norm = self.config.grad_clip or math.inf  # an infinite one only measures the norm
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-        # The only time in a step that the host waits for the device. DDP has averaged the gradients, so all ranks have
-        # the same grad_norm. A signal or a failure of one rank reaches all.
+        if self.sharded:
+            grad_norm = grad_norm.full_tensor()
+        # The only time in a step that the host waits for the device. The gradients are averaged, so all ranks have the
+        # same grad_norm. A signal or a failure of one rank reaches all.
         loss, grad_norm, sigterm, sigint, failed = self.dist.sum_scalars(
             loss_sum / self.dist.size, grad_norm / self.dist.size, *self.signals.received, self.writer.failed
         )
@@ -163,7 +167,7 @@ class Trainer:
             self.log.result(self.step, "val", self.val_loss, "validation loss")
         if self.is_due(self.config.hellaswag_every) and self.examples:
             self.log.result(self.step, "hella", self.evaluate_hellaswag(), "HellaSwag accuracy")
-        if self.is_due(self.config.sample_every) and self.dist.is_main:
+        if self.is_due(self.config.sample_every):
             for text in self.generate_samples():
                 self.log.print(f"  > {text!r}")
         if any(map(self.is_due, (self.config.eval_every, self.config.hellaswag_every, self.config.sample_every))):
@@ -172,36 +176,41 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, n_sequences: int) -> float:
         """Return the mean loss over the first n validation sequences: the same ones for any micro-batch and ranks."""
-        # By the raw model: ranks may have different numbers of batches, and a smaller last one would be compiled anew.
-        self.raw_model.eval()
+        # Not compiled, nor sharded: the last batch may be smaller, and ranks may have different numbers of batches.
+        model = self.whole_model()
         n, B = min(self.val_loader.n_rows, max(1, n_sequences)), self.config.micro_batch_size
         total = torch.zeros((), device=self.dist.device)
         for first in range(self.dist.rank * B, n, self.dist.size * B):
             rows = self.val_loader.rows(first, min(B, n - first))
             x, y = inputs_and_targets(rows, self.dist.device)
             with self.autocast:
-                loss = self.raw_model(x, y)
+                loss = model(x, y)
             total += loss * len(rows)
         (total,) = self.dist.sum_scalars(total)
         return total / n
 
     def evaluate_hellaswag(self) -> float:
         """Return the fraction of HellaSwag that the model gets right, by build-nanogpt's acc_norm."""
-        self.raw_model.eval()
         batch_tokens = self.config.micro_batch_size * self.config.seq_len
         with self.autocast:
-            scores = Scorer(self.raw_model, batch_tokens, self.dist).score(self.examples)
+            scores = Scorer(self.whole_model(), batch_tokens, self.dist).score(self.examples)
         return hellaswag.compute_accuracy(scores, self.examples).acc_norm / len(self.examples)
 
     def generate_samples(self) -> list[str]:
-        """Return four continuations of a prompt by 32 tokens, always from the same random numbers."""
-        self.raw_model.eval()
+        """Return on the main rank four continuations of a prompt by 32 tokens, always from the same random numbers."""
+        model = self.whole_model()
+        if not self.dist.is_main:
+            return []
         prompt = gpt2_encoding().encode_ordinary("Hello, I'm a language model,")
         idx = torch.tensor([prompt] * 4, device=self.dist.device)
         generator = torch.Generator(self.dist.device).manual_seed(42)
         with self.autocast:
-            rows = self.raw_model.generate(idx, 32, top_k=50, generator=generator)
+            rows = model.generate(idx, 32, top_k=50, generator=generator)
         return [gpt2_encoding().decode(row) for row in rows.tolist()]
+
+    def whole_model(self) -> GPT:
+        """Return the model to evaluate, with all weights on each rank: if it is sharded, a copy. All ranks call it."""
+        return (sharding.whole_model(self.raw_model) if self.sharded else self.raw_model).eval()
 
     def save_checkpoint(self) -> None:
         """Copy the state and write it in a thread. Raise UserError if the weights give no finite loss."""
@@ -214,8 +223,13 @@ class Trainer:
             raise UserError(f"step {self.step}: {message}; try a lower --max_lr", 3, agreed=True)
         record = dict(step=self.step, validation_loss=val_loss, evaluated=evaluated, ranks=self.dist.size)
         record |= dict(config=asdict(self.config), flags=self.plan.machine_flags, data=self.plan.data_fingerprint)
+        self.dist.from_main(self.writer.wait)  # memory may not hold two copies
         state = dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
-        self.dist.from_main(lambda: self.writer.start(self.raw_model, state, self.log.contents(), record))
+        copy = self.dist.gather_tree((self.raw_model.state_dict(), state))
+        if self.dist.is_main:
+            weights, state = copy
+            model = GPT.from_weights(self.raw_model.config, weights)
+            self.writer.start(model, state, self.log.contents(), record)
         self.saved_step = self.step
 
     def finish(self) -> int:
@@ -254,7 +268,7 @@ class Trainer:
         evaluation = seconds / 3 * eval_tokens / config.total_batch_size  # forward alone is a third of the work
         total = timedelta(seconds=round(seconds * steps + evaluations * evaluation))
         state = [t for entry in self.optimizer.state.values() for t in entry.values()]
-        size = sum(t.nbytes for t in [*self.raw_model.parameters(), *state])
+        size = sum(t.numel() * t.itemsize for t in [*self.raw_model.parameters(), *state])
         peak = peak_memory(self.dist.device)
         speed = f"{seconds:.3g} s a step, {evaluation:.3g} s an evaluation, no HellaSwag or samples"
         disk = f"{(config.keep + 2) * size / 1e9:.2f} GB for {config.keep} checkpoints, the best, and one being written"
@@ -280,14 +294,17 @@ class Trainer:
                 model = checkpoint.load_model("--init_from", config.init_from)
                 model.crop_block_size(config.seq_len)
             model.set_dropout(config.dropout)
+            model.set_recompute(config.recompute == "on")
             self.raw_model = self.model = model.to(dist.device)
         dist.broadcast_parameters(self.raw_model)
+        if self.sharded:
+            sharding.shard(self.raw_model, dist)
         muon_dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         muon = dict(muon_lr_scale=config.muon_lr_scale, muon_dtype=muon_dtype) if config.optimizer == "muon" else {}
         self.optimizer = self.raw_model.configure_optimizers(config.weight_decay, config.max_lr, **muon)
         self.scaler = torch.amp.GradScaler(config.device, enabled=config.dtype == "float16")
         if self.plan.resume_from:
-            state = dist.broadcast_tree(state)
+            state = dist.broadcast_tree(state, self.sharded)
             with dist.agree(), checkpoint.errors_of(f"{self.plan.resume_from}: cannot be loaded"):
                 self.optimizer.load_state_dict(state["optimizer"])
                 if self.scaler.is_enabled() and state["scaler"]:
@@ -308,74 +325,92 @@ class Trainer:
             return None
 
     def compile_and_fit(self) -> None:
-        """Compile, wrap in DDP and run a probe step; halve the micro-batch on out-of-memory, or run eager if compiling
-        fails. The ranks agree on the outcome of each probe, in which none waits for another."""
+        """Compile, wrap in DDP and run a probe step. Out of memory, halve the micro-batch, then recompute activations;
+        run eager if compiling fails. The ranks agree on the outcome of each probe, where none waits for another."""
         config, dist = self.config, self.dist
-        B, compiled = config.micro_batch_size, config.compile == "on"
-        self.wrap_model(compiled)
+        B, compiled, recompute = config.micro_batch_size, config.compile == "on", config.recompute == "on"
+        may_recompute = self.plan.machine_flags.get("recompute") != "off"
+        self.model = self.wrap_model(self.raw_model, compiled)
         while True:
-            out_of_memory, compile_error = self.probe(B)
+            out_of_memory, compile_error = self.probe(B, compiled)
             any_out_of_memory, any_compile_error = dist.sum_scalars(out_of_memory, bool(compile_error))
             if any_compile_error:
                 compiled = False
                 self.log.print(f"not compiled, torch.compile failed: {compile_error or 'on another rank'}")
-                self.wrap_model(compiled)
+                self.model = self.wrap_model(self.raw_model, compiled)
             elif not any_out_of_memory:
                 break
-            elif B == 1:
-                message = f"out of memory with one sequence of {config.seq_len} tokens"
-                raise UserError(f"{message}: try a smaller --preset or --seq_len", agreed=True)
-            else:
+            elif B > 1:
                 B = divisor_up_to(B // 2, config.total_batch_size // (config.seq_len * dist.size))
+            elif may_recompute and not recompute:
+                recompute = True
+                self.raw_model.set_recompute(True)
+                self.log.print("out of memory with one sequence: recomputing activations")
+            else:
+                hint = "try a smaller --preset or --seq_len, or --shard on more ranks"
+                raise UserError(f"out of memory with one sequence of {config.seq_len} tokens: {hint}", agreed=True)
             torch.cuda.empty_cache()  # does nothing without CUDA
         if B < config.micro_batch_size:
             self.log.print(f"out of memory: micro-batch {config.micro_batch_size} → {B}, the total batch stays")
-        if dist.size > 1:
+        if dist.size > 1 and not self.sharded:
             # After its first step with communication, DDP rebuilds its buckets, and with them the order in which
             # gradients are summed. Do that step here, so that all steps of a run, resumed or not, use the same order.
-            if self.probe(B, communicate=True)[0]:
+            if self.probe(B, compiled, communicate=True)[0]:
                 raise UserError("out of memory in the first communication: try a smaller --micro_batch_size")
-        # From here on self.config, and no longer the plan, has the micro-batch and compile mode that are used.
-        self.config = replace(config, micro_batch_size=B, compile="on" if compiled else "off")
+        # From here on self.config, and no longer the plan, has what is used.
+        on = {True: "on", False: "off"}
+        self.config = replace(config, micro_batch_size=B, compile=on[compiled], recompute=on[recompute])
 
-    def wrap_model(self, compiled: bool) -> None:
-        """Make the model that is trained from the raw one: compiled inside DDP, whose communication then overlaps with
-        the computation of the graph's parts."""
-        self.model = torch.compile(self.raw_model, dynamic=False) if compiled else self.raw_model
-        if self.dist.size > 1:
-            self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+    def wrap_model(self, raw_model: GPT, compiled: bool) -> nn.Module:
+        """Return the model that is trained: compiled inside DDP, whose communication then overlaps with the computation
+        of the graph's parts."""
+        model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
+        if self.dist.size > 1 and not self.sharded:
+            model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        return model
 
-    def probe(self, B: int, communicate: bool = False) -> tuple[bool, str]:
+    def probe(self, B: int, compiled: bool, communicate: bool = False) -> tuple[bool, str]:
         """Run an evaluation and a training pass with B sequences. Return whether they ran out of memory, and the error
         if they could not be compiled."""
         out_of_memory, compile_error = False, ""
         try:
-            self.use_memory_of_a_step(B, communicate)
+            self.use_memory_of_a_step(B, compiled, communicate)
         except Exception as e:  # not kept: its traceback holds that function's frame, and all that was made there
             out_of_memory = is_out_of_memory(e)
             if not out_of_memory and not isinstance(e, torch._dynamo.exc.TorchDynamoException):
                 raise
             compile_error = "" if out_of_memory else first_line(e)
         self.raw_model.zero_grad(set_to_none=True)
+        gc.collect()  # FSDP2's hooks and modules refer to each other
         return out_of_memory, compile_error
 
-    def use_memory_of_a_step(self, B: int, communicate: bool) -> None:
+    def use_memory_of_a_step(self, B: int, compiled: bool, communicate: bool) -> None:
         """Hold what a step holds: the optimizer's moments, gradients of earlier micro-steps, both kinds of passes."""
-        config = self.config
-        parameters = list(self.raw_model.parameters())
+        config, whole_model, model = self.config, self.raw_model, self.model
+        if self.sharded:
+            whole_model, sharded = sharding.models_to_probe(self.raw_model, self.dist)
+            model = self.wrap_model(sharded, compiled)
         n_moments = 0 if self.optimizer.state else 2  # a resumed optimizer has its moments already
-        moments = [torch.empty_like(p) for p in parameters for _ in range(n_moments)]
-        if B * config.seq_len * self.dist.size < config.total_batch_size and not communicate:
-            for p in parameters:
-                p.grad = torch.zeros_like(p)
+        moments = [torch.empty_like(p) for p in model.parameters() for _ in range(n_moments)]
         x, y = inputs_and_targets(torch.zeros(B, config.seq_len + 1, dtype=torch.int32), self.dist.device)
         with torch.no_grad(), self.autocast:
-            self.raw_model.eval()(x, y)
-        self.model.train().require_backward_grad_sync = communicate
-        with self.autocast:
-            loss = self.model(x, y)
-        loss.backward()
+            whole_model.eval()(x, y)
+        del whole_model
+        accumulates = B * config.seq_len * self.dist.size < config.total_batch_size
+        model.train()
+        for last in (False, True) if accumulates and not communicate else (True,):
+            self.set_gradient_sync(model, communicate or (last and self.sharded))
+            with self.autocast:
+                loss = model(x, y)
+            loss.backward()
         del moments
+
+    def set_gradient_sync(self, model: nn.Module, sync: bool) -> None:
+        """Choose whether the next backward pass averages the gradients over the ranks, or adds to this rank's alone."""
+        if self.sharded:
+            model.set_requires_gradient_sync(sync)
+        else:
+            model.require_backward_grad_sync = sync  # DDP's; without DDP nothing reads it
 
     def start_loading(self) -> None:
         """Start to read micro-batches, from this step's first one for this rank on."""

@@ -20,10 +20,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch.utils._pytree import tree_map_only
 
 from model import GPT
-from runtime.device import oom_as_user_error
 from tokens import VOCAB_SIZE, sha256
 
 UNFINISHED = ".unfinished-"  # prefix of what is being written or deleted, which is no checkpoint
@@ -60,7 +58,7 @@ def save(log_dir: Path, model: GPT, trainer_state: dict, logs: dict[str, bytes],
 
 
 class Writer:
-    """Writes one checkpoint at a time, in a thread and from a copy of the state, and deletes old ones."""
+    """Writes one checkpoint at a time, in a thread, and deletes old ones."""
 
     def __init__(self, log_dir: Path, keep: int, print_line: Callable[[str], None]):
         self.log_dir, self.keep, self.print_line = log_dir, keep, print_line
@@ -68,16 +66,8 @@ class Writer:
         self.writing: Future | None = None
 
     def start(self, model: GPT, trainer_state: dict, logs: dict[str, bytes], record: dict) -> None:
-        """Copy the state, once the checkpoint before is written; write the copy in the thread."""
-        self.wait()
-        with oom_as_user_error("the copy that a checkpoint is written from"):
-            with torch.device("meta"):  # shapes alone; the copied weights take their places
-                copy = GPT(model.config)
-            weights, trainer_state = tree_map_only(
-                torch.Tensor, lambda t: t.detach().to("cpu", copy=True), (model.state_dict(), trainer_state)
-            )
-            copy.load_state_dict(weights, assign=True)
-        self.writing = self.pool.submit(self.write, copy, trainer_state, logs, record)
+        """Write a checkpoint in the thread. Nothing may change these afterwards, and nothing may be being written."""
+        self.writing = self.pool.submit(self.write, model, trainer_state, logs, record)
 
     def write(self, model: GPT, trainer_state: dict, logs: dict[str, bytes], record: dict) -> None:
         """Write a checkpoint, then delete old ones."""

@@ -9,12 +9,16 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import cached_property
 from threading import Event
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from runtime.device import oom_as_user_error
 
 
 class Distributed:
@@ -130,17 +134,44 @@ class Distributed:
             dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
         return result[0]
 
-    def broadcast_tree(self, tree):
-        """Return the main rank's tree (lists and dicts that hold tensors, on the CPU) on all ranks."""
+    def broadcast_tree(self, tree, shard: bool = False):
+        """Return the main rank's tree (lists and dicts that hold tensors, on the CPU) on all ranks. With shard, tensors
+        become DTensors: each rank receives its part of them, as of FSDP2's parameters."""
         if self.size == 1:
             return tree
+
+        def send(tensor: torch.Tensor) -> torch.Tensor:
+            if shard and tensor.dim():
+                from torch.distributed.tensor import Shard, distribute_tensor  # takes a second
+
+                return distribute_tensor(tensor, self.mesh, [Shard(0)])
+            dist.broadcast(tensor, src=0)
+            return tensor
+
         layout = self.from_main(lambda: tree_map_only(torch.Tensor, lambda t: t.to("meta"), tree))
         if not self.is_main:
             tree = tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="cpu"), layout)
-        for leaf in tree_leaves(tree):
-            if torch.is_tensor(leaf):
-                dist.broadcast(leaf, src=0)
-        return tree
+        return tree_map_only(torch.Tensor, send, tree)
+
+    def gather_tree(self, tree):
+        """Return on the main rank a copy of its tree, on the CPU, with DTensors gathered one by one. Return None on the
+        other ranks, which take part."""
+        copy = None
+        with self.agree(), oom_as_user_error("the copy that a checkpoint is written from"):
+            if self.is_main:
+                copy = tree_map_only(torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype), tree)
+        leaves = tree_leaves(tree)
+        for source, target in zip(leaves, tree_leaves(copy) if self.is_main else leaves, strict=True):
+            if hasattr(source, "full_tensor"):  # a DTensor
+                source = source.full_tensor()
+            if torch.is_tensor(source) and self.is_main:
+                target.copy_(source)
+        return copy
+
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        """The ranks, as DTensors need them."""
+        return init_device_mesh(self.device.type, (self.size,))
 
     def broadcast_parameters(self, model: torch.nn.Module) -> None:
         """Give all ranks the main rank's parameters."""

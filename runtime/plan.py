@@ -26,7 +26,7 @@ RESUME_INVARIANT = (
     "warmup_steps optimizer muon_lr_scale weight_decay grad_clip dropout seed"
 ).split()
 # These have defaults that depend on the machine. A checkpoint remembers which of them were typed.
-MACHINE_OPTIONS = "device", "dtype", "compile", "micro_batch_size"
+MACHINE_OPTIONS = "device", "dtype", "compile", "micro_batch_size", "recompute", "shard"
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def resumed_config(flags: dict, machine_flags: dict, resume_from: Path, record: 
     values["device"] = choose_device(machine_flags.get("device", "auto"))
     values["dtype"] = machine_flags.get("dtype", "auto")
     if (values["device"], ranks) != (record["config"]["device"], record["ranks"]):  # another machine: decide anew
-        for name in "compile", "micro_batch_size":
+        for name in "compile", "micro_batch_size", "recompute", "shard":
             values[name] = machine_flags.get(name, getattr(TrainConfig, name))
     values |= {name: value for name, value in flags.items() if name != "device"}
     return TrainConfig(**values)
@@ -155,7 +155,7 @@ def make_plan(plan: Plan, data: Data, dist: Distributed) -> Plan:
     with torch.device("meta"):  # shapes alone, to count
         model = GPT(plan.model_config)
     config, reason = resolve_machine_options(config, model, dist)
-    lines = summary(replace(plan, config=config), data, model, dist.size, reason) + plan.lines
+    lines = summary(replace(plan, config=config), data, model, dist, reason) + plan.lines
     if plan.record is not None:
         changed = check_resume(config, data, plan, dist.size)
         lines.append(f"resumed {plan.resume_from} at step {plan.record['step']}: {changed}")
@@ -180,10 +180,18 @@ def resolve_schedule(config: TrainConfig, data: Data) -> TrainConfig:
 
 def resolve_machine_options(config: TrainConfig, model: GPT, dist: Distributed) -> tuple[TrainConfig, str | None]:
     """Return the configuration with precision, micro-batch and compiling decided, and why it is not compiled."""
-    free, needed = free_memory(config.device, dist.local_size), 4 * model.num_parameters()
+    shard = "on" if config.shard == "on" and dist.size > 1 else "off"
+    if shard == "on" and config.optimizer == "muon":
+        raise UserError("--shard: Muon needs whole matrices; leave it out, or use --optimizer adamw")
+    shards = dist.size if shard == "on" else 1
+    free = free_memory(config.device, dist.local_size)
+    needed = state_bytes(model, shards) if config.max_steps else 4 * model.num_parameters()
     if needed > free:
-        sizes = f"its weights take {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
-        raise UserError(f"the model does not fit into memory: {sizes}; try a smaller --preset")
+        sizes = f"weights, gradients and moments take {needed / 1e9:,.1f} GB a rank, and {free / 1e9:,.1f} GB are free"
+        raise UserError(f"the model does not fit into memory: {sizes}; try {what_would_fit(model, free, dist.size)}")
+    recompute = config.recompute
+    if recompute == "auto":
+        recompute = "off" if estimate_micro_batch_size(model, free, "off", shards) >= 1 else "on"
     dtype = choose_dtype(config.dtype, config.device)
     T, ranks, total = config.seq_len, dist.size, config.total_batch_size
     sequences, rest = divmod(total, T * ranks)  # of each rank
@@ -192,14 +200,15 @@ def resolve_machine_options(config: TrainConfig, model: GPT, dist: Distributed) 
         hint = f", or {divisor_up_to(ranks, total // T)} ranks" if ranks > 1 and total % T == 0 else ""
         product = f"{T * ranks} = seq_len {T} × {ranks} rank{'s' * (ranks > 1)}"
         raise UserError(f"--total_batch_size {total}: not a multiple of {product}; {near} would be{hint}")
-    B = config.micro_batch_size or divisor_up_to(estimate_micro_batch_size(model, free), sequences)
+    B = config.micro_batch_size or divisor_up_to(estimate_micro_batch_size(model, free, recompute, shards), sequences)
     if sequences % B:
         hint = f"{divisor_up_to(B, sequences)} would"
         raise UserError(f"--micro_batch_size {B}: does not divide the {sequences} sequences of a step and rank; {hint}")
     # The whole run counts, and not what is left of it: a resumed run is compiled if the first part was.
     flops = model.flops_per_token() * config.total_batch_size * config.max_steps
     reason = eager_reason(config.compile, config.device, flops / dist.size)
-    return replace(config, dtype=dtype, micro_batch_size=B, compile="off" if reason else "on"), reason
+    compile = "off" if reason else "on"
+    return replace(config, dtype=dtype, micro_batch_size=B, compile=compile, recompute=recompute, shard=shard), reason
 
 
 def divisor_up_to(limit: int, n: int) -> int:
@@ -208,15 +217,38 @@ def divisor_up_to(limit: int, n: int) -> int:
     return max(d for d in divisors if d == 1 or d <= limit)
 
 
-def estimate_micro_batch_size(model: GPT, free: float) -> int:
+def state_bytes(model: GPT, shards: int = 1) -> float:
+    """Return the bytes a rank needs for weights, gradients and Adam's moments: 16 a parameter.
+
+    Sharding divides 12 of them by the number of shards. The other 4 are a rank's own gradients, until the ranks average
+    them, and in an evaluation the whole weights.
+    """
+    return (16 if shards == 1 else 12 / shards + 4) * model.num_parameters()
+
+
+def estimate_micro_batch_size(model: GPT, free: float, recompute: str, shards: int) -> int:
     """Estimate the largest micro-batch that fits into this many bytes. (One that is too large is halved later.)
 
-    Weights, gradients and Adam's moments take 16 bytes a parameter. A token's activations in mixed precision take about
-    48 bytes a channel and layer, and its logits, with their copies and gradients, 18 bytes an entry.
+    A token's activations in mixed precision take about 48 bytes a channel and layer, and its logits, with their copies
+    and gradients, 18 bytes an entry. With recomputation one layer at a time holds them, and the others their input.
     """
     c = model.config
-    bytes_per_token = 48 * c.n_layer * c.n_embd + 18 * c.vocab_size
-    return int((0.8 * free - 16 * model.num_parameters()) / (bytes_per_token * c.block_size))
+    bytes_per_channel = 48 * c.n_layer if recompute == "off" else 48 + 4 * c.n_layer
+    bytes_per_token = bytes_per_channel * c.n_embd + 18 * c.vocab_size
+    return int((0.8 * free - state_bytes(model, shards)) / (bytes_per_token * c.block_size))
+
+
+def what_would_fit(model: GPT, free: float, ranks: int) -> str:
+    """Return the options with which one sequence is estimated to fit into this many bytes a rank."""
+    found = []
+    if (B := estimate_micro_batch_size(model, free, "on", 1)) >= 1:
+        found.append(f"--recompute (micro-batch {B})")
+    for n in (2**i for i in range(1, 11)):
+        B = estimate_micro_batch_size(model, free, "on", n)
+        if n >= ranks and B >= 1:
+            found.append(f"--shard --recompute on {n} ranks with as much memory each (micro-batch {B})")
+            break
+    return " or ".join(found) or "a smaller --preset"
 
 
 def check_resume(config: TrainConfig, data: Data, plan: Plan, ranks: int) -> str:
@@ -233,9 +265,9 @@ def check_resume(config: TrainConfig, data: Data, plan: Plan, ranks: int) -> str
     return ", ".join(changed.values()) or "nothing changed"
 
 
-def summary(plan: Plan, data: Data, model: GPT, ranks: int, reason: str | None) -> list[str]:
+def summary(plan: Plan, data: Data, model: GPT, dist: Distributed, reason: str | None) -> list[str]:
     """Return the first lines of a run: what was chosen, and why. reason says why it is not compiled."""
-    config, new = plan.config, plan.record is None
+    config, new, ranks = plan.config, plan.record is None, dist.size
     preset_origin = f" (default for {config.device})" if new and "preset" not in plan.flags else ""
     model_origin = f", from {config.init_from}" if config.init_from else ""
     kind = "text" if data.is_text else f"{len(data.train)} training shards"
@@ -245,6 +277,7 @@ def summary(plan: Plan, data: Data, model: GPT, ranks: int, reason: str | None) 
     steps = f"{config.max_steps:,} steps of {config.total_batch_size:,} tokens, {epochs:.2f} epochs"
     steps += "; nothing is written" if config.dry_run else f"; log and checkpoints in {config.log_dir}/"
     grad_accum_steps = config.total_batch_size // (config.micro_batch_size * config.seq_len * ranks)
+    memory = ", sharded" * (config.shard == "on") + ", recomputing activations" * (config.recompute == "on")
     compiling = f"not compiled: {reason}" if reason else "compiling (the first time takes a minute)"
     lines = [
         f"preset   {config.preset}{preset_origin}",
@@ -253,6 +286,6 @@ def summary(plan: Plan, data: Data, model: GPT, ranks: int, reason: str | None) 
         f"data     {config.data} ({kind}): {data.n_tokens:,} training tokens",
         f"run      {steps if config.max_steps else 'no steps: it only evaluates, and writes nothing'}",
         f"compute  {ranks} × {config.device}, {config.dtype}, {grad_accum_steps} × {config.micro_batch_size} sequences "
-        f"a step, {compiling}",
+        f"a step{memory}, {compiling}",
     ]
     return [*lines, f"GPT-2 124M in full: {FULL_RUN}"] if new else lines
