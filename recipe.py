@@ -18,8 +18,7 @@ PRESETS = {
         max_steps=200, max_lr=1.5e-3, min_lr=0.0, warmup_steps=40,
         eval_every=50, eval_tokens=32768, hellaswag_every=0, sample_every=50, save_every=100,
     ),
-    # Larger models need lower learning rates: GPT-3's for 125M, 350M, 760M and 1.3B (Brown et al., 2020, table 2.1).
-    # llm.c's scripts have the same for 350M and 774M, but 6e-4 for 1558M.
+    # Learning rates: GPT-3's (Brown et al., 2020, table 2.1). llm.c's scripts have the same, but 6e-4 for 1558M.
     "gpt2": SIZES["gpt2"],
     "gpt2-medium": SIZES["gpt2-medium"] | dict(max_lr=3e-4),
     "gpt2-large": SIZES["gpt2-large"] | dict(max_lr=2.5e-4),

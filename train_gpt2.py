@@ -65,8 +65,7 @@ class Trainer:
     """A training run on one of its ranks: data, model, optimizer, log, and the loop over the steps."""
 
     def __init__(self, plan: Plan, data: Data, dist: Distributed):
-        self.plan, self.config, self.dist = plan, plan.config, dist
-        self.sharded = plan.config.shard == "on"
+        self.plan, self.config, self.dist, self.sharded = plan, plan.config, dist, plan.config.shard == "on"
         self.step = plan.record["step"] if plan.record else 0  # the number of steps taken, and of the next one
         self.saved_step = self.step  # a resumed step is not saved again
         self.evaluated_step = self.step if plan.record and plan.record["evaluated"] else -1
@@ -74,7 +73,8 @@ class Trainer:
         self.stop_signal = 0  # number of the signal that all ranks stop for
         self.checkpoint_failed = False  # on the main rank, which all ranks know of
         dtype = getattr(torch, self.config.dtype)
-        self.autocast = torch.autocast(self.config.device, dtype, enabled=dtype != torch.float32)
+        amp = dict(enabled=dtype != torch.float32, cache_enabled=not self.sharded)  # it would keep what FSDP2 gathers
+        self.autocast = torch.autocast(self.config.device, dtype, **amp)
         self.log = RunLog(self.config, dist.is_main)
         with dist.agree():
             dist.set_device(self.config.device)
@@ -162,22 +162,30 @@ class Trainer:
         if self.evaluated_step == self.step:  # before the checkpoint that was resumed
             return
         self.evaluated_step, self.val_loss = self.step, None
+        if not any(map(self.is_due, (self.config.eval_every, self.config.hellaswag_every, self.config.sample_every))):
+            return
+        model = self.whole_model()
         if self.is_due(self.config.eval_every):
-            self.val_loss = self.evaluate(self.config.eval_tokens // self.config.seq_len)
+            self.val_loss = self.evaluate(model, self.config.eval_tokens // self.config.seq_len)
             self.log.result(self.step, "val", self.val_loss, "validation loss")
         if self.is_due(self.config.hellaswag_every) and self.examples:
-            self.log.result(self.step, "hella", self.evaluate_hellaswag(), "HellaSwag accuracy")
+            self.log.result(self.step, "hella", self.evaluate_hellaswag(model), "HellaSwag accuracy")
         if self.is_due(self.config.sample_every):
-            for text in self.generate_samples():
+            for text in self.generate_samples(model):
                 self.log.print(f"  > {text!r}")
-        if any(map(self.is_due, (self.config.eval_every, self.config.hellaswag_every, self.config.sample_every))):
-            self.stop_if_any(*self.dist.sum_scalars(*self.signals.received))  # evaluating may take minutes
+        self.stop_if_any(*self.dist.sum_scalars(*self.signals.received))  # evaluating may take minutes
+
+    def whole_model(self) -> GPT:
+        """Return the model to evaluate, neither sharded nor compiled: batches differ in size, and ranks in their number
+        of batches. All ranks call this."""
+        if not self.sharded:
+            return self.raw_model.eval()
+        weights = {name: p.full_tensor() for name, p in self.raw_model.state_dict().items()}
+        return GPT.from_weights(self.raw_model.config, weights).eval()
 
     @torch.no_grad()
-    def evaluate(self, n_sequences: int) -> float:
+    def evaluate(self, model: GPT, n_sequences: int) -> float:
         """Return the mean loss over the first n validation sequences: the same ones for any micro-batch and ranks."""
-        # Not compiled, nor sharded: the last batch may be smaller, and ranks may have different numbers of batches.
-        model = self.whole_model()
         n, B = min(self.val_loader.n_rows, max(1, n_sequences)), self.config.micro_batch_size
         total = torch.zeros((), device=self.dist.device)
         for first in range(self.dist.rank * B, n, self.dist.size * B):
@@ -189,18 +197,15 @@ class Trainer:
         (total,) = self.dist.sum_scalars(total)
         return total / n
 
-    def evaluate_hellaswag(self) -> float:
+    def evaluate_hellaswag(self, model: GPT) -> float:
         """Return the fraction of HellaSwag that the model gets right, by build-nanogpt's acc_norm."""
         batch_tokens = self.config.micro_batch_size * self.config.seq_len
         with self.autocast:
-            scores = Scorer(self.whole_model(), batch_tokens, self.dist).score(self.examples)
+            scores = Scorer(model, batch_tokens, self.dist).score(self.examples)
         return hellaswag.compute_accuracy(scores, self.examples).acc_norm / len(self.examples)
 
-    def generate_samples(self) -> list[str]:
-        """Return on the main rank four continuations of a prompt by 32 tokens, always from the same random numbers."""
-        model = self.whole_model()
-        if not self.dist.is_main:
-            return []
+    def generate_samples(self, model: GPT) -> list[str]:
+        """Return four continuations of a prompt by 32 tokens, always from the same random numbers."""
         prompt = gpt2_encoding().encode_ordinary("Hello, I'm a language model,")
         idx = torch.tensor([prompt] * 4, device=self.dist.device)
         generator = torch.Generator(self.dist.device).manual_seed(42)
@@ -208,16 +213,13 @@ class Trainer:
             rows = model.generate(idx, 32, top_k=50, generator=generator)
         return [gpt2_encoding().decode(row) for row in rows.tolist()]
 
-    def whole_model(self) -> GPT:
-        """Return the model to evaluate, with all weights on each rank: if it is sharded, a copy. All ranks call it."""
-        return (sharding.whole_model(self.raw_model) if self.sharded else self.raw_model).eval()
-
     def save_checkpoint(self) -> None:
         """Copy the state and write it in a thread. Raise UserError if the weights give no finite loss."""
         evaluated = self.evaluated_step == self.step
         val_loss = self.val_loss if evaluated else None
         # What the last step has made may not be finite. Where no validation is due, one batch shows it.
-        loss = self.evaluate(self.config.micro_batch_size * self.dist.size) if val_loss is None else val_loss
+        n = self.config.micro_batch_size * self.dist.size
+        loss = self.evaluate(self.whole_model(), n) if val_loss is None else val_loss
         if not math.isfinite(loss):
             message = f"the validation loss is {loss:g} after step {self.step - 1}; no checkpoint is written"
             raise UserError(f"step {self.step}: {message}; try a lower --max_lr", 3, agreed=True)
@@ -225,11 +227,9 @@ class Trainer:
         record |= dict(config=asdict(self.config), flags=self.plan.machine_flags, data=self.plan.data_fingerprint)
         self.dist.from_main(self.writer.wait)  # memory may not hold two copies
         state = dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
-        copy = self.dist.gather_tree((self.raw_model.state_dict(), state))
-        if self.dist.is_main:
-            weights, state = copy
-            model = GPT.from_weights(self.raw_model.config, weights)
-            self.writer.start(model, state, self.log.contents(), record)
+        weights, state = self.dist.gather_tree((self.raw_model.state_dict(), state))
+        config = self.raw_model.config
+        self.dist.from_main(lambda: self.writer.start(config, weights, state, record, self.log.contents()))
         self.saved_step = self.step
 
     def finish(self) -> int:
@@ -297,14 +297,13 @@ class Trainer:
             model.set_recompute(config.recompute == "on")
             self.raw_model = self.model = model.to(dist.device)
         dist.broadcast_parameters(self.raw_model)
-        if self.sharded:
-            sharding.shard(self.raw_model, dist)
+        mesh = sharding.shard(self.raw_model, dist) if self.sharded else None
         muon_dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         muon = dict(muon_lr_scale=config.muon_lr_scale, muon_dtype=muon_dtype) if config.optimizer == "muon" else {}
         self.optimizer = self.raw_model.configure_optimizers(config.weight_decay, config.max_lr, **muon)
         self.scaler = torch.amp.GradScaler(config.device, enabled=config.dtype == "float16")
         if self.plan.resume_from:
-            state = dist.broadcast_tree(state, self.sharded)
+            state = dist.broadcast_tree(state, mesh)
             with dist.agree(), checkpoint.errors_of(f"{self.plan.resume_from}: cannot be loaded"):
                 self.optimizer.load_state_dict(state["optimizer"])
                 if self.scaler.is_enabled() and state["scaler"]:
@@ -329,7 +328,6 @@ class Trainer:
         run eager if compiling fails. The ranks agree on the outcome of each probe, where none waits for another."""
         config, dist = self.config, self.dist
         B, compiled, recompute = config.micro_batch_size, config.compile == "on", config.recompute == "on"
-        may_recompute = self.plan.machine_flags.get("recompute") != "off"
         self.model = self.wrap_model(self.raw_model, compiled)
         while True:
             out_of_memory, compile_error = self.probe(B, compiled)
@@ -342,14 +340,13 @@ class Trainer:
                 break
             elif B > 1:
                 B = divisor_up_to(B // 2, config.total_batch_size // (config.seq_len * dist.size))
-            elif may_recompute and not recompute:
+            elif not recompute and self.plan.machine_flags.get("recompute") != "off":
                 recompute = True
                 self.raw_model.set_recompute(True)
                 self.log.print("out of memory with one sequence: recomputing activations")
             else:
-                hint = "try a smaller --preset or --seq_len, or --shard on more ranks"
+                hint = "try --recompute, --shard on more ranks, or a smaller --preset or --seq_len"
                 raise UserError(f"out of memory with one sequence of {config.seq_len} tokens: {hint}", agreed=True)
-            torch.cuda.empty_cache()  # does nothing without CUDA
         if B < config.micro_batch_size:
             self.log.print(f"out of memory: micro-batch {config.micro_batch_size} → {B}, the total batch stays")
         if dist.size > 1 and not self.sharded:
@@ -362,8 +359,7 @@ class Trainer:
         self.config = replace(config, micro_batch_size=B, compile=on[compiled], recompute=on[recompute])
 
     def wrap_model(self, raw_model: GPT, compiled: bool) -> nn.Module:
-        """Return the model that is trained: compiled inside DDP, whose communication then overlaps with the computation
-        of the graph's parts."""
+        """Return the model to train: compiled inside DDP, which then communicates while the graph's parts compute."""
         model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
         if self.dist.size > 1 and not self.sharded:
             model = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -381,7 +377,8 @@ class Trainer:
                 raise
             compile_error = "" if out_of_memory else first_line(e)
         self.raw_model.zero_grad(set_to_none=True)
-        gc.collect()  # FSDP2's hooks and modules refer to each other
+        gc.collect()  # models of FSDP2 refer to themselves
+        torch.cuda.empty_cache()  # does nothing without CUDA
         return out_of_memory, compile_error
 
     def use_memory_of_a_step(self, B: int, compiled: bool, communicate: bool) -> None:
@@ -396,10 +393,15 @@ class Trainer:
         with torch.no_grad(), self.autocast:
             whole_model.eval()(x, y)
         del whole_model
-        accumulates = B * config.seq_len * self.dist.size < config.total_batch_size
         model.train()
-        for last in (False, True) if accumulates and not communicate else (True,):
-            self.set_gradient_sync(model, communicate or (last and self.sharded))
+        accumulates, syncs = B * config.seq_len * self.dist.size < config.total_batch_size, [communicate]
+        if self.sharded:
+            syncs = [False, True] if accumulates else [True]
+        elif accumulates and not communicate:
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+        for sync in syncs:
+            self.set_gradient_sync(model, sync)
             with self.autocast:
                 loss = model(x, y)
             loss.backward()
@@ -437,7 +439,6 @@ def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run with these flags; return the exit status. Raise UserError."""
-    tune_malloc()
     torch.set_float32_matmul_precision("high")  # TF32, for what is left in float32
     with Distributed() as dist:
         with dist.agree():
@@ -447,6 +448,8 @@ def main(argv: list[str] | None = None) -> int:
                 raise UserError("torchrun --max-restarts: add --resume without DIR; it takes the newest checkpoint")
         draft = dist.from_main(lambda: merge_flags(flags, dist.size))
         dist.set_timeout(draft.config.dist_timeout)
+        if draft.config.shard == "off":  # pages that are kept would make it take half as much memory again
+            tune_malloc()
         # On a CPU: compiled, its threads would else add up the embedding's gradient in any order, and slowly.
         torch.use_deterministic_algorithms(draft.config.device == "cpu")
         torch.utils.deterministic.fill_uninitialized_memory = False

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from model import GPT
+from model import GPT, GPTConfig
 from tokens import VOCAB_SIZE, sha256
 
 UNFINISHED = ".unfinished-"  # prefix of what is being written or deleted, which is no checkpoint
@@ -65,9 +65,9 @@ class Writer:
         self.pool = ThreadPoolExecutor(max_workers=1)
         self.writing: Future | None = None
 
-    def start(self, model: GPT, trainer_state: dict, logs: dict[str, bytes], record: dict) -> None:
-        """Write a checkpoint in the thread. Nothing may change these afterwards, and nothing may be being written."""
-        self.writing = self.pool.submit(self.write, model, trainer_state, logs, record)
+    def start(self, config: GPTConfig, weights: dict, state: dict, record: dict, logs: dict[str, bytes]) -> None:
+        """Write a checkpoint in the thread, after the last one is written. Nothing may change the tensors any more."""
+        self.writing = self.pool.submit(self.write, GPT.from_weights(config, weights), state, logs, record)
 
     def write(self, model: GPT, trainer_state: dict, logs: dict[str, bytes], record: dict) -> None:
         """Write a checkpoint, then delete old ones."""

@@ -9,14 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from functools import cached_property
 from threading import Event
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from runtime.device import oom_as_user_error
 
@@ -134,44 +133,35 @@ class Distributed:
             dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
         return result[0]
 
-    def broadcast_tree(self, tree, shard: bool = False):
-        """Return the main rank's tree (lists and dicts that hold tensors, on the CPU) on all ranks. With shard, tensors
-        become DTensors: each rank receives its part of them, as of FSDP2's parameters."""
+    def broadcast_tree(self, tree, mesh: DeviceMesh | None = None):
+        """Return the main rank's tree (lists and dicts that hold tensors, on the CPU) on all ranks. With a mesh, its
+        tensors become DTensors: each rank receives its part, as of FSDP2's parameters."""
         if self.size == 1:
             return tree
 
         def send(tensor: torch.Tensor) -> torch.Tensor:
-            if shard and tensor.dim():
+            if tensor.is_meta:
+                tensor = torch.empty_like(tensor, device=self.device if mesh else "cpu")
+            if mesh and tensor.dim():
                 from torch.distributed.tensor import Shard, distribute_tensor  # takes a second
 
-                return distribute_tensor(tensor, self.mesh, [Shard(0)])
+                return distribute_tensor(tensor, mesh, [Shard(0)])
             dist.broadcast(tensor, src=0)
             return tensor
 
-        layout = self.from_main(lambda: tree_map_only(torch.Tensor, lambda t: t.to("meta"), tree))
-        if not self.is_main:
-            tree = tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="cpu"), layout)
-        return tree_map_only(torch.Tensor, send, tree)
+        shapes = self.from_main(lambda: tree_map_only(torch.Tensor, lambda t: t.to("meta"), tree))
+        return tree_map_only(torch.Tensor, send, tree if self.is_main else shapes)
 
     def gather_tree(self, tree):
-        """Return on the main rank a copy of its tree, on the CPU, with DTensors gathered one by one. Return None on the
-        other ranks, which take part."""
-        copy = None
-        with self.agree(), oom_as_user_error("the copy that a checkpoint is written from"):
-            if self.is_main:
-                copy = tree_map_only(torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype), tree)
-        leaves = tree_leaves(tree)
-        for source, target in zip(leaves, tree_leaves(copy) if self.is_main else leaves, strict=True):
-            if hasattr(source, "full_tensor"):  # a DTensor
-                source = source.full_tensor()
-            if torch.is_tensor(source) and self.is_main:
-                target.copy_(source)
-        return copy
+        """Return a copy of the tree on the CPU, with DTensors gathered one by one; on all but the main rank, a tree of
+        None."""
 
-    @cached_property
-    def mesh(self) -> DeviceMesh:
-        """The ranks, as DTensors need them."""
-        return init_device_mesh(self.device.type, (self.size,))
+        def copy(tensor: torch.Tensor) -> torch.Tensor | None:
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            return whole.detach().to("cpu", copy=True) if self.is_main else None
+
+        with oom_as_user_error("the copy that a checkpoint is written from"):
+            return tree_map_only(torch.Tensor, copy, tree)
 
     def broadcast_parameters(self, model: torch.nn.Module) -> None:
         """Give all ranks the main rank's parameters."""

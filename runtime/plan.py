@@ -155,7 +155,7 @@ def make_plan(plan: Plan, data: Data, dist: Distributed) -> Plan:
     with torch.device("meta"):  # shapes alone, to count
         model = GPT(plan.model_config)
     config, reason = resolve_machine_options(config, model, dist)
-    lines = summary(replace(plan, config=config), data, model, dist, reason) + plan.lines
+    lines = summary(replace(plan, config=config), data, model, dist.size, reason) + plan.lines
     if plan.record is not None:
         changed = check_resume(config, data, plan, dist.size)
         lines.append(f"resumed {plan.resume_from} at step {plan.record['step']}: {changed}")
@@ -180,15 +180,16 @@ def resolve_schedule(config: TrainConfig, data: Data) -> TrainConfig:
 
 def resolve_machine_options(config: TrainConfig, model: GPT, dist: Distributed) -> tuple[TrainConfig, str | None]:
     """Return the configuration with precision, micro-batch and compiling decided, and why it is not compiled."""
-    shard = "on" if config.shard == "on" and dist.size > 1 else "off"
-    if shard == "on" and config.optimizer == "muon":
+    shards = dist.size if config.shard == "on" else 1
+    if shards > 1 and config.optimizer == "muon":
         raise UserError("--shard: Muon needs whole matrices; leave it out, or use --optimizer adamw")
-    shards = dist.size if shard == "on" else 1
     free = free_memory(config.device, dist.local_size)
-    needed = state_bytes(model, shards) if config.max_steps else 4 * model.num_parameters()
+    weights = 4 * model.num_parameters()
+    needed = state_bytes(model, shards) if config.max_steps and config.optimizer == "adamw" else weights
     if needed > free:
-        sizes = f"weights, gradients and moments take {needed / 1e9:,.1f} GB a rank, and {free / 1e9:,.1f} GB are free"
-        raise UserError(f"the model does not fit into memory: {sizes}; try {what_would_fit(model, free, dist.size)}")
+        hint = what_would_fit(model, free, dist.size) if needed > weights else "a smaller --preset"
+        sizes = f"it takes {needed / 1e9:,.1f} GB a rank, and {free / 1e9:,.1f} GB are free"
+        raise UserError(f"the model does not fit into memory: {sizes}; try {hint}")
     recompute = config.recompute
     if recompute == "auto":
         recompute = "off" if estimate_micro_batch_size(model, free, "off", shards) >= 1 else "on"
@@ -207,7 +208,7 @@ def resolve_machine_options(config: TrainConfig, model: GPT, dist: Distributed) 
     # The whole run counts, and not what is left of it: a resumed run is compiled if the first part was.
     flops = model.flops_per_token() * config.total_batch_size * config.max_steps
     reason = eager_reason(config.compile, config.device, flops / dist.size)
-    compile = "off" if reason else "on"
+    compile, shard = "off" if reason else "on", "on" if shards > 1 else "off"
     return replace(config, dtype=dtype, micro_batch_size=B, compile=compile, recompute=recompute, shard=shard), reason
 
 
@@ -218,11 +219,8 @@ def divisor_up_to(limit: int, n: int) -> int:
 
 
 def state_bytes(model: GPT, shards: int = 1) -> float:
-    """Return the bytes a rank needs for weights, gradients and Adam's moments: 16 a parameter.
-
-    Sharding divides 12 of them by the number of shards. The other 4 are a rank's own gradients, until the ranks average
-    them, and in an evaluation the whole weights.
-    """
+    """Return the bytes of a rank's weights, gradients and Adam's moments: 16 a parameter. Sharding divides 12 of them.
+    The others are a rank's own gradients, until the ranks average them, and in an evaluation the whole weights."""
     return (16 if shards == 1 else 12 / shards + 4) * model.num_parameters()
 
 
@@ -239,21 +237,17 @@ def estimate_micro_batch_size(model: GPT, free: float, recompute: str, shards: i
 
 
 def what_would_fit(model: GPT, free: float, ranks: int) -> str:
-    """Return the options with which one sequence is estimated to fit into this many bytes a rank."""
-    found = []
-    if (B := estimate_micro_batch_size(model, free, "on", 1)) >= 1:
-        found.append(f"--recompute (micro-batch {B})")
-    for n in (2**i for i in range(1, 11)):
-        B = estimate_micro_batch_size(model, free, "on", n)
-        if n >= ranks and B >= 1:
-            found.append(f"--shard --recompute on {n} ranks with as much memory each (micro-batch {B})")
-            break
-    return " or ".join(found) or "a smaller --preset"
+    """Return the options with which a model too large for this many bytes a rank is estimated to fit."""
+    for n in (ranks * 2**i for i in range(10)):
+        if (B := estimate_micro_batch_size(model, free, "on", n)) >= 1:
+            return f"--shard --recompute on {n} ranks with as much memory each (micro-batch {B})"
+    return "a smaller --preset"
 
 
 def check_resume(config: TrainConfig, data: Data, plan: Plan, ranks: int) -> str:
     """Return what has changed since the checkpoint. Raise UserError if it would be another run."""
-    old = asdict(TrainConfig()) | plan.record["config"] | dict(ranks=plan.record["ranks"])  # newer options: defaults
+    missing = asdict(TrainConfig()) | dict(recompute="off")  # options that are newer than the checkpoint
+    old = missing | plan.record["config"] | dict(ranks=plan.record["ranks"])
     new = asdict(config) | dict(ranks=ranks)
     changed = {k: f"{k} {old[k]} → {new[k]}" for k in new if old[k] != new[k] and k not in ("resume", "dry_run")}
     forbidden = [line for name, line in changed.items() if name in RESUME_INVARIANT]
@@ -265,9 +259,9 @@ def check_resume(config: TrainConfig, data: Data, plan: Plan, ranks: int) -> str
     return ", ".join(changed.values()) or "nothing changed"
 
 
-def summary(plan: Plan, data: Data, model: GPT, dist: Distributed, reason: str | None) -> list[str]:
+def summary(plan: Plan, data: Data, model: GPT, ranks: int, reason: str | None) -> list[str]:
     """Return the first lines of a run: what was chosen, and why. reason says why it is not compiled."""
-    config, new, ranks = plan.config, plan.record is None, dist.size
+    config, new = plan.config, plan.record is None
     preset_origin = f" (default for {config.device})" if new and "preset" not in plan.flags else ""
     model_origin = f", from {config.init_from}" if config.init_from else ""
     kind = "text" if data.is_text else f"{len(data.train)} training shards"

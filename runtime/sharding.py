@@ -1,31 +1,29 @@
 """Weights, gradients and optimizer state divided among the ranks, by PyTorch's FSDP2."""
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from model import GPT
 from runtime.distributed import Distributed
 
 
-def shard(model: GPT, dist: Distributed) -> None:
-    """Keep on each rank only its part of the parameters, which become DTensors. Before, all ranks have the same ones.
+def shard(model: GPT, dist: Distributed) -> DeviceMesh:
+    """Keep of parameters that all ranks have alike only a part on each, as DTensors. Return the mesh of the ranks.
 
     A pass gathers a block's parameters when it reaches that block, and those of embeddings and head at its beginning.
     """
     from torch.distributed.fsdp import fully_shard  # takes a second
 
+    mesh = init_device_mesh(dist.device.type, (dist.size,))
     for block in model.transformer.h:
-        fully_shard(block, mesh=dist.mesh)
-    fully_shard(model, mesh=dist.mesh)
-
-
-def whole_model(model: GPT) -> GPT:
-    """Return a copy of a sharded model that is whole on each rank. All ranks call this."""
-    return GPT.from_weights(model.config, {name: p.full_tensor() for name, p in model.state_dict().items()})
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return mesh
 
 
 def models_to_probe(model: GPT, dist: Distributed) -> tuple[GPT, GPT]:
-    """Return two models like this one, with any weights: a whole and a sharded one, whose passes take the memory that
-    they would take, but communicate nothing. So no rank waits for one that runs out of memory."""
+    """Return two models whose passes take the memory of this one's, but do not communicate, so that no rank waits for
+    one that runs out of memory: a whole model, with any weights, and one that has this one's shards."""
     with torch.device("meta"):
         whole, sharded = GPT(model.config), GPT(model.config)
     sharded.set_recompute(model.transformer.h[0].recompute)
@@ -33,7 +31,8 @@ def models_to_probe(model: GPT, dist: Distributed) -> tuple[GPT, GPT]:
     for module in sharded, *sharded.transformer.h:
         module.set_custom_all_gather(NoCommunication())
         module.set_custom_reduce_scatter(NoCommunication())
-    return whole.to_empty(device=dist.device), sharded.to_empty(device=dist.device)
+    sharded.load_state_dict(model.state_dict(), assign=True)
+    return whole.to_empty(device=dist.device), sharded
 
 
 class NoCommunication:

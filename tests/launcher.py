@@ -94,6 +94,7 @@ if __name__ == "__main__":
     import safetensors.torch  # noqa: F401
     import tiktoken  # noqa: F401
     import torch._dynamo  # noqa: F401
+    import torch.distributed.fsdp  # noqa: F401
     import tqdm  # noqa: F401
 
     for line in sys.stdin:

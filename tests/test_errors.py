@@ -359,8 +359,8 @@ def test_log_dir_that_cannot_be_made_is_refused(here, capsys, log_dir, problem):
 
 def test_model_larger_than_memory_is_refused(here, capsys):
     line = refuse(capsys, *SMALL, "--data", "text.txt", "--n_embd", 2**24)
-    # 2 layers of 12·n_embd² weights, four bytes each, and the embeddings
-    assert "the model does not fit into memory: its weights take 27,024,974.5 GB, and " in line
+    # 2 layers of 12·n_embd² weights, 16 bytes each, and the embeddings
+    assert "the model does not fit into memory: it takes 108,099,897.9 GB a rank, and " in line
     assert " GB are free; try a smaller --preset" in line
 
 
@@ -410,7 +410,7 @@ def test_run_continues_without_hellaswag_file_and_network(here, capsys, monkeypa
 
 def test_help_explains_every_option_and_preset(capsys):
     options = fields(TrainConfig)
-    assert len(options) <= 36
+    assert len(options) <= 38
     with pytest.raises(SystemExit) as end:
         run_script(train_gpt2.main, ["--help"])
     assert end.value.code == 0

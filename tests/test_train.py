@@ -193,7 +193,7 @@ def test_step_waits_for_its_device_once():
     for group in trainer.optimizer.param_groups:
         group["fused"] = False  # there is no such kernel for meta
     trainer.config = TrainConfig(seq_len=32, total_batch_size=256, max_steps=2, warmup_steps=1, min_lr=0.0)
-    trainer.step, trainer.grad_accum_steps = 0, 4
+    trainer.step, trainer.grad_accum_steps, trainer.sharded = 0, 4, False
     trainer.micro_batches = repeat(torch.zeros(2, 33, dtype=torch.int32))
     trainer.autocast = contextlib.nullcontext()
     trainer.scaler = torch.amp.GradScaler("cpu", enabled=False)
