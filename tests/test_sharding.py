@@ -3,6 +3,7 @@
 import contextlib
 import re
 import signal
+import subprocess
 import time
 from types import SimpleNamespace
 
@@ -12,12 +13,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from conftest import (
+    BOOKS_TEXT,
+    ENVIRONMENT,
     ROOT,
     RUN,
     SMALL,
     assert_close,
     assert_same_run,
     at_step,
+    command,
     losses,
     perturbed,
     read_log,
@@ -281,6 +285,19 @@ def test_medium_shards_have_half_of_the_state(tmp_path, text):
     shards = state_sizes(tmp_path / "shard", text, *flags, "--shard")
 
     assert max(shards) < 0.51 * min(whole)
+
+
+@pytest.mark.slow
+def test_large_trains_on_two_shards_in_this_memory(tmp_path):
+    """GPT-2 774M, recomputed, one sequence of 1,024 tokens a rank: the four real steps of a dry run. (12 GB a rank are
+    its state alone, unsharded.) Half an hour on two slow cores, and 20 GB."""
+    flags = "--preset gpt2-large --shard --recompute --total_batch_size 2048 --micro_batch_size 1 --eval_tokens 2048"
+    others = f"--device cpu --dtype float32 --compile off --dry_run --data {BOOKS_TEXT} --log_dir {tmp_path}"
+    line = command("train_gpt2.py", *flags.split(), *others.split(), ranks=2)
+    done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    assert float(re.search(r"memory   (\S+) GB a rank, at the peak", done.stdout)[1]) < 11
 
 
 # What would fit
