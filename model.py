@@ -142,7 +142,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         if self.recompute and self.training:
-            # Keep only x for the backward pass, which calls add_branches again (Chen et al., 2016, section 3).
+            # Keep only x for the backward pass, which calls add_branches again (Chen et al., 2016, section 4).
             return checkpoint(self.add_branches, x, mask, cache, use_reentrant=False)
         return self.add_branches(x, mask, cache)
 
@@ -299,7 +299,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_weights(cls, config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
-        """Return a model that holds these tensors themselves, by the names of `state_dict`."""
+        """Return a model that uses these tensors without a copy, by the names of `state_dict`."""
         with torch.device("meta"):  # shapes alone; the tensors take their places
             model = cls(config)
         model.load_state_dict(weights, assign=True)

@@ -73,11 +73,9 @@ class TrainConfig:
     )
     compile: str = option("auto", "use torch.compile; auto where it saves time", choices=("auto", "on", "off"))
     recompute: str = option(
-        "auto", "recompute activations, to save memory; auto where needed", choices=("auto", "on", "off"), const="on"
+        "auto", "recompute activations; auto if one sequence needs it", choices=("auto", "on", "off"), const="on"
     )
-    shard: str = option(
-        "off", "divide weights, gradients and moments among the ranks (FSDP2)", choices=("on", "off"), const="on"
-    )
+    shard: str = option("off", "divide weights and moments among ranks (FSDP2)", choices=("on", "off"), const="on")
     eval_every: int = option(250, "steps between evaluations of the validation loss; 0 for none")
     eval_tokens: int = option(10485760, "validation tokens per evaluation, over all ranks", low=1)
     hellaswag_every: int = option(250, "steps between HellaSwag evaluations (downloads the data once); 0 for none")

@@ -73,7 +73,7 @@ class Trainer:
         self.stop_signal = 0  # number of the signal that all ranks stop for
         self.checkpoint_failed = False  # on the main rank, which all ranks know of
         dtype = getattr(torch, self.config.dtype)
-        amp = dict(enabled=dtype != torch.float32, cache_enabled=not self.sharded)  # it would keep what FSDP2 gathers
+        amp = dict(enabled=dtype != torch.float32, cache_enabled=not self.sharded)  # it keeps what FSDP2 gathers
         self.autocast = torch.autocast(self.config.device, dtype, **amp)
         self.log = RunLog(self.config, dist.is_main)
         with dist.agree():
@@ -176,8 +176,8 @@ class Trainer:
         self.stop_if_any(*self.dist.sum_scalars(*self.signals.received))  # evaluating may take minutes
 
     def whole_model(self) -> GPT:
-        """Return the model to evaluate, neither sharded nor compiled: batches differ in size, and ranks in their number
-        of batches. All ranks call this."""
+        """Return the model to evaluate, on all ranks: not compiled, as batches differ in size, and not sharded, since
+        ranks differ in their number of batches."""
         if not self.sharded:
             return self.raw_model.eval()
         weights = {name: p.full_tensor() for name, p in self.raw_model.state_dict().items()}
@@ -325,7 +325,7 @@ class Trainer:
 
     def compile_and_fit(self) -> None:
         """Compile, wrap in DDP and run a probe step. Out of memory, halve the micro-batch, then recompute activations;
-        run eager if compiling fails. The ranks agree on the outcome of each probe, where none waits for another."""
+        run eager if compiling fails. No rank waits for another in a probe; they agree on its outcome afterwards."""
         config, dist = self.config, self.dist
         B, compiled, recompute = config.micro_batch_size, config.compile == "on", config.recompute == "on"
         self.model = self.wrap_model(self.raw_model, compiled)
@@ -345,7 +345,7 @@ class Trainer:
                 self.raw_model.set_recompute(True)
                 self.log.print("out of memory with one sequence: recomputing activations")
             else:
-                hint = "try --recompute, --shard on more ranks, or a smaller --preset or --seq_len"
+                hint = "try --shard on more ranks, or a smaller --preset or --seq_len"
                 raise UserError(f"out of memory with one sequence of {config.seq_len} tokens: {hint}", agreed=True)
         if B < config.micro_batch_size:
             self.log.print(f"out of memory: micro-batch {config.micro_batch_size} → {B}, the total batch stays")
@@ -377,12 +377,12 @@ class Trainer:
                 raise
             compile_error = "" if out_of_memory else first_line(e)
         self.raw_model.zero_grad(set_to_none=True)
-        gc.collect()  # models of FSDP2 refer to themselves
+        gc.collect()  # FSDP2's models contain reference cycles
         torch.cuda.empty_cache()  # does nothing without CUDA
         return out_of_memory, compile_error
 
     def use_memory_of_a_step(self, B: int, compiled: bool, communicate: bool) -> None:
-        """Hold what a step holds: the optimizer's moments, gradients of earlier micro-steps, both kinds of passes."""
+        """Use a step's memory: the optimizer's moments, accumulated gradients, an evaluation and a training pass."""
         config, whole_model, model = self.config, self.raw_model, self.model
         if self.sharded:
             whole_model, sharded = sharding.models_to_probe(self.raw_model, self.dist)
@@ -396,7 +396,7 @@ class Trainer:
         model.train()
         accumulates, syncs = B * config.seq_len * self.dist.size < config.total_batch_size, [communicate]
         if self.sharded:
-            syncs = [False, True] if accumulates else [True]
+            syncs = [False, True] if accumulates else [True]  # a micro-step that accumulates, and one that averages
         elif accumulates and not communicate:
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
@@ -448,7 +448,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise UserError("torchrun --max-restarts: add --resume without DIR; it takes the newest checkpoint")
         draft = dist.from_main(lambda: merge_flags(flags, dist.size))
         dist.set_timeout(draft.config.dist_timeout)
-        if draft.config.shard == "off":  # pages that are kept would make it take half as much memory again
+        if draft.config.shard == "off":  # which would take 1.5 times the memory with pages that are kept
             tune_malloc()
         # On a CPU: compiled, its threads would else add up the embedding's gradient in any order, and slowly.
         torch.use_deterministic_algorithms(draft.config.device == "cpu")

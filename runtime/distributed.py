@@ -134,16 +134,17 @@ class Distributed:
         return result[0]
 
     def broadcast_tree(self, tree, mesh: DeviceMesh | None = None):
-        """Return the main rank's tree (lists and dicts that hold tensors, on the CPU) on all ranks. With a mesh, its
-        tensors become DTensors: each rank receives its part, as of FSDP2's parameters."""
+        """Return the main rank's tree (lists and dicts that hold tensors, on the CPU) on all ranks. With a mesh, those
+        with a dimension become DTensors, divided like FSDP2's parameters."""
         if self.size == 1:
             return tree
 
         def send(tensor: torch.Tensor) -> torch.Tensor:
+            divide = mesh is not None and tensor.dim() > 0
             if tensor.is_meta:
-                tensor = torch.empty_like(tensor, device=self.device if mesh else "cpu")
-            if mesh and tensor.dim():
-                from torch.distributed.tensor import Shard, distribute_tensor  # takes a second
+                tensor = torch.empty_like(tensor, device=self.device if divide else "cpu")
+            if divide:
+                from torch.distributed.tensor import Shard, distribute_tensor  # here: the import takes a second
 
                 return distribute_tensor(tensor, mesh, [Shard(0)])
             dist.broadcast(tensor, src=0)
@@ -153,8 +154,7 @@ class Distributed:
         return tree_map_only(torch.Tensor, send, tree if self.is_main else shapes)
 
     def gather_tree(self, tree):
-        """Return a copy of the tree on the CPU, with DTensors gathered one by one; on all but the main rank, a tree of
-        None."""
+        """Return a CPU copy of the tree, its DTensors gathered one by one; on all but the main rank, a tree of None."""
 
         def copy(tensor: torch.Tensor) -> torch.Tensor | None:
             whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

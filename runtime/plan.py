@@ -25,7 +25,7 @@ RESUME_INVARIANT = (
     "n_layer n_head n_embd bias init_from max_steps total_batch_size seq_len max_lr min_lr schedule decay_fraction "
     "warmup_steps optimizer muon_lr_scale weight_decay grad_clip dropout seed"
 ).split()
-# These have defaults that depend on the machine. A checkpoint remembers which of them were typed.
+# These may differ from machine to machine. A checkpoint records which of them were typed.
 MACHINE_OPTIONS = "device", "dtype", "compile", "micro_batch_size", "recompute", "shard"
 
 
@@ -179,13 +179,13 @@ def resolve_schedule(config: TrainConfig, data: Data) -> TrainConfig:
 
 
 def resolve_machine_options(config: TrainConfig, model: GPT, dist: Distributed) -> tuple[TrainConfig, str | None]:
-    """Return the configuration with precision, micro-batch and compiling decided, and why it is not compiled."""
+    """Return the configuration with all machine options decided, and why it is not compiled."""
     shards = dist.size if config.shard == "on" else 1
     if shards > 1 and config.optimizer == "muon":
-        raise UserError("--shard: Muon needs whole matrices; leave it out, or use --optimizer adamw")
+        raise UserError("--shard: Muon needs whole matrices; use --optimizer adamw, or no --shard")
     free = free_memory(config.device, dist.local_size)
     weights = 4 * model.num_parameters()
-    needed = state_bytes(model, shards) if config.max_steps and config.optimizer == "adamw" else weights
+    needed = training_bytes(model, shards) if config.max_steps and config.optimizer == "adamw" else weights
     if needed > free:
         hint = what_would_fit(model, free, dist.size) if needed > weights else "a smaller --preset"
         sizes = f"it takes {needed / 1e9:,.1f} GB a rank, and {free / 1e9:,.1f} GB are free"
@@ -218,9 +218,9 @@ def divisor_up_to(limit: int, n: int) -> int:
     return max(d for d in divisors if d == 1 or d <= limit)
 
 
-def state_bytes(model: GPT, shards: int = 1) -> float:
+def training_bytes(model: GPT, shards: int) -> float:
     """Return the bytes of a rank's weights, gradients and Adam's moments: 16 a parameter. Sharding divides 12 of them.
-    The others are a rank's own gradients, until the ranks average them, and in an evaluation the whole weights."""
+    The others hold a rank's gradients while it accumulates them, or the whole weights in an evaluation."""
     return (16 if shards == 1 else 12 / shards + 4) * model.num_parameters()
 
 
@@ -228,12 +228,13 @@ def estimate_micro_batch_size(model: GPT, free: float, recompute: str, shards: i
     """Estimate the largest micro-batch that fits into this many bytes. (One that is too large is halved later.)
 
     A token's activations in mixed precision take about 48 bytes a channel and layer, and its logits, with their copies
-    and gradients, 18 bytes an entry. With recomputation one layer at a time holds them, and the others their input.
+    and gradients, 18 bytes an entry. With recomputation, one layer at a time has its activations, and all keep their
+    input, 4 bytes a channel. A fifth of what training_bytes leaves is for temporary tensors and fragmentation.
     """
     c = model.config
     bytes_per_channel = 48 * c.n_layer if recompute == "off" else 48 + 4 * c.n_layer
     bytes_per_token = bytes_per_channel * c.n_embd + 18 * c.vocab_size
-    return int((0.8 * free - state_bytes(model, shards)) / (bytes_per_token * c.block_size))
+    return int(0.8 * (0.95 * free - training_bytes(model, shards)) / (bytes_per_token * c.block_size))
 
 
 def what_would_fit(model: GPT, free: float, ranks: int) -> str:
@@ -246,7 +247,7 @@ def what_would_fit(model: GPT, free: float, ranks: int) -> str:
 
 def check_resume(config: TrainConfig, data: Data, plan: Plan, ranks: int) -> str:
     """Return what has changed since the checkpoint. Raise UserError if it would be another run."""
-    missing = asdict(TrainConfig()) | dict(recompute="off")  # options that are newer than the checkpoint
+    missing = asdict(TrainConfig()) | dict(recompute="off")  # options that an older checkpoint lacks
     old = missing | plan.record["config"] | dict(ranks=plan.record["ranks"])
     new = asdict(config) | dict(ranks=ranks)
     changed = {k: f"{k} {old[k]} → {new[k]}" for k in new if old[k] != new[k] and k not in ("resume", "dry_run")}

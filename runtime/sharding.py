@@ -8,11 +8,11 @@ from runtime.distributed import Distributed
 
 
 def shard(model: GPT, dist: Distributed) -> DeviceMesh:
-    """Keep of parameters that all ranks have alike only a part on each, as DTensors. Return the mesh of the ranks.
+    """Keep only a part of each parameter on each rank, as a DTensor; return the mesh of the ranks.
 
-    A pass gathers a block's parameters when it reaches that block, and those of embeddings and head at its beginning.
+    A pass gathers a block's parameters when it reaches the block, then frees them; those of embeddings and head stay.
     """
-    from torch.distributed.fsdp import fully_shard  # takes a second
+    from torch.distributed.fsdp import fully_shard  # here: the import takes a second
 
     mesh = init_device_mesh(dist.device.type, (dist.size,))
     for block in model.transformer.h:
@@ -23,7 +23,7 @@ def shard(model: GPT, dist: Distributed) -> DeviceMesh:
 
 def models_to_probe(model: GPT, dist: Distributed) -> tuple[GPT, GPT]:
     """Return two models whose passes take the memory of this one's, but do not communicate, so that no rank waits for
-    one that runs out of memory: a whole model, with any weights, and one that has this one's shards."""
+    one that runs out of memory: a whole model, uninitialized, and a sharded one that uses this one's tensors."""
     with torch.device("meta"):
         whole, sharded = GPT(model.config), GPT(model.config)
     sharded.set_recompute(model.transformer.h[0].recompute)
@@ -36,7 +36,7 @@ def models_to_probe(model: GPT, dist: Distributed) -> tuple[GPT, GPT]:
 
 
 class NoCommunication:
-    """Takes the place of FSDP2's all-gather and reduce-scatter: it allocates buffers and leaves them as they are."""
+    """Takes the place of FSDP2's all-gather and reduce-scatter: it allocates buffers and does not fill them."""
 
     def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device=device)

@@ -492,7 +492,7 @@ def test_out_of_memory_with_one_sequence_is_one_line(tmp_path, text, monkeypatch
 
     monkeypatch.setattr(GPT, "forward", out_of_memory)
     flags = *SMALL, "--data", text, "--log_dir", tmp_path / "log"
-    line = "out of memory with one sequence of 32 tokens: try a smaller --preset or --seq_len"
+    line = "out of memory with one sequence of 32 tokens: try --shard on more ranks, or a smaller --preset or --seq_len"
     assert run_in_process(*flags, status=2).stderr == f"train_gpt2.py: error: {line}\n"
     assert not (tmp_path / "log").exists()
 
