@@ -13,7 +13,6 @@ from threading import Event
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.utils._pytree import tree_map_only
 
@@ -133,9 +132,9 @@ class Distributed:
             dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
         return result[0]
 
-    def broadcast_tree(self, tree, mesh: DeviceMesh | None = None):
-        """Return the main rank's tree (lists and dicts that hold tensors, on the CPU) on all ranks. With a mesh, those
-        with a dimension become DTensors, divided like FSDP2's parameters."""
+    def broadcast_tree(self, tree, mesh=None):
+        """Return the main rank's tree (lists and dicts that hold tensors, on the CPU) on all ranks. With a
+        DeviceMesh, tensors that have a dimension become DTensors, divided like FSDP2's parameters."""
         if self.size == 1:
             return tree
 
