@@ -73,7 +73,7 @@ class Trainer:
         self.stop_signal = 0  # number of the signal that all ranks stop for
         self.checkpoint_failed = False  # on the main rank, which all ranks know of
         dtype = getattr(torch, self.config.dtype)
-        amp = dict(enabled=dtype != torch.float32, cache_enabled=not self.sharded)  # it keeps what FSDP2 gathers
+        amp = dict(enabled=dtype != torch.float32, cache_enabled=not self.sharded)  # a cache keeps gathered weights
         self.autocast = torch.autocast(self.config.device, dtype, **amp)
         self.log = RunLog(self.config, dist.is_main)
         with dist.agree():
@@ -448,14 +448,14 @@ def main(argv: list[str] | None = None) -> int:
                 raise UserError("torchrun --max-restarts: add --resume without DIR; it takes the newest checkpoint")
         draft = dist.from_main(lambda: merge_flags(flags, dist.size))
         dist.set_timeout(draft.config.dist_timeout)
-        if draft.config.shard == "off":  # which would take 1.5 times the memory with pages that are kept
-            tune_malloc()
         # On a CPU: compiled, its threads would else add up the embedding's gradient in any order, and slowly.
         torch.use_deterministic_algorithms(draft.config.device == "cpu")
         torch.utils.deterministic.fill_uninitialized_memory = False
         with dist.agree():
             data = open_data(Path(draft.config.data))
         plan = dist.from_main(lambda: make_plan(draft, data, dist))
+        if plan.config.shard == "off":  # a sharded run would take 1.5 times the memory
+            tune_malloc()
         with contextlib.closing(Trainer(plan, data, dist)) as trainer:
             return trainer.dry_run() if plan.config.dry_run else trainer.train()
 

@@ -1,6 +1,5 @@
 """--shard and --recompute: the losses of one process, on any ranks and after any kill, in less memory."""
 
-import contextlib
 import re
 import signal
 import subprocess
@@ -36,14 +35,12 @@ from runtime import checkpoint, plan
 # RUN with sequences enough for four ranks.
 FOUR = *RUN, "--total_batch_size", 64, "--max_steps", 40
 
-# In a script with_fault: keep the rows that a rank reads, by step.
-KEEP_ROWS = "if step >= 0 and model.training: print(step, idx.tolist(), file=open(rows, 'a'))"
-
 
 def keep_rows(directory) -> tuple:
     """Return a script that is train_gpt2.py, but keeps the rows of each step, and a function that reads them."""
     directory.mkdir()
-    script = with_fault(directory, f"rows = {str(directory)!r} + f'/rows-{{rank}}'\n{KEEP_ROWS}")
+    file = f"open({str(directory)!r} + f'/rows-{{rank}}', 'a')"
+    script = with_fault(directory, f"if step >= 0 and model.training: print(step, idx.tolist(), file={file})")
 
     def read() -> list[str]:
         return sorted(line for path in directory.glob("rows-*") for line in path.read_text().splitlines())
@@ -105,7 +102,7 @@ def test_recomputed_gradients_are_bitwise():
 
 
 def test_run_changes_ranks_and_sharding_at_each_kill(tmp_path, text, whole):
-    """A process is killed at steps 8, 18 and 27, and each command has other ranks, and another of DDP and FSDP2."""
+    """A process is killed at steps 8, 18 and 27, and each command has other ranks or another of DDP and FSDP2."""
     log = tmp_path / "log"
     flags = *FOUR, "--data", text, "--log_dir", log, "--resume", "--dist_timeout", 5
     changes = []
@@ -191,11 +188,34 @@ def test_float16_scaler_skips_the_same_steps_sharded(tmp_path, text):
 
 @pytest.mark.slow
 def test_sharded_compiled_run_equals_eager_run(tmp_path, text):
-    flags = *SMALL, "--data", text, "--n_layer", 1, "--max_steps", 3, "--shard", "--recompute"
+    flags = *SMALL, "--data", text, "--max_steps", 3, "--sample_every", 2, "--shard", "--recompute"
     for compile in "on", "off":
         done = run_ranks("train_gpt2.py", *flags, "--log_dir", tmp_path / compile, "--compile", compile)
         assert ("compiling" in done.stdout) == (compile == "on") and "not compiled, " not in done.stdout
     assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), abs=1e-4)
+
+
+def test_muon_cannot_be_sharded(tmp_path, text):
+    flags = *RUN, "--data", text, "--log_dir", tmp_path / "log", "--shard", "--optimizer", "muon"
+    done = run_ranks("train_gpt2.py", *flags, status=2)
+    assert done.stderr.count("error: --shard: Muon needs whole matrices; use --optimizer adamw, or no --shard") == 1
+
+
+def test_shards_communicate_gradients_once_a_step(tmp_path, text):
+    """Of four micro-steps, for each of two blocks and for all else; the probe communicates nothing."""
+    count = """
+import torch.distributed as dist
+if step < 0 and rank == 0 and not hasattr(dist, "uncounted"):
+    dist.uncounted = dist.reduce_scatter_single
+    def counted(*args, **kwargs):
+        print("reduce-scatter", step, micro_step)
+        return dist.uncounted(*args, **kwargs)
+    dist.reduce_scatter_single = counted
+"""
+    flags = *RUN, "--data", text, "--log_dir", tmp_path / "log", "--total_batch_size", 128, "--max_steps", 2
+    done = run_ranks(with_fault(tmp_path, count), *flags, "--shard", "--recompute")
+    calls = re.findall(r"reduce-scatter (-?\d+) (\d+)", done.stdout)
+    assert calls == [("0", "3")] * 3 + [("1", "3")] * 3
 
 
 # Memory
@@ -226,28 +246,20 @@ def test_out_of_memory_with_one_sequence_recomputes(tmp_path, text, monkeypatch,
     assert ("error: out of memory with one sequence of 32 tokens: try " in done.stderr) == bool(status)
 
 
-@contextlib.contextmanager
-def tracked(recompute: bool):
-    """Yield a fake GPT-2 124M, for sizes alone, and PyTorch's record of its memory."""
-    with FakeTensorMode():
-        model, tracker = GPT(GPTConfig(**SIZES["gpt2"])), MemTracker()
-        model.set_recompute(recompute)
-        tracker.track_external(model)
-        with tracker:
-            yield model, tracker
-
-
 def test_recomputation_saves_most_activations():
-    """At T = 1,024, after the forward pass, by PyTorch's own tracker."""
+    """Of a fake GPT-2 124M, for sizes alone, at T = 1,024, after the forward pass, by PyTorch's own tracker."""
     activations = []
     for recompute in False, True:
-        with tracked(recompute) as (model, tracker):
+        with FakeTensorMode():
+            model, tracker = GPT(GPTConfig(**SIZES["gpt2"])), MemTracker()
+            model.set_recompute(recompute)
+            tracker.track_external(model)
             idx = torch.zeros(1, 1024, dtype=torch.int64)
-            loss = model(idx, idx)
-            (memory,) = tracker.get_tracker_snapshot("current").values()
-            activations.append({str(kind).rsplit(".")[-1]: size for kind, size in memory.items()}["ACT"])
-            del loss
-
+            with tracker:
+                loss = model(idx, idx)  # holds the activations
+                (memory,) = tracker.get_tracker_snapshot("current").values()
+        activations.append({str(kind).rsplit(".")[-1]: size for kind, size in memory.items()}["ACT"])
+        del loss
     assert activations[1] <= 0.45 * activations[0]
 
 
@@ -283,7 +295,6 @@ def test_medium_shards_have_half_of_the_state(tmp_path, text):
     flags = [word for name, value in SIZES["gpt2-medium"].items() for word in (f"--{name}", value)]
     whole = state_sizes(tmp_path / "ddp", text, *flags)
     shards = state_sizes(tmp_path / "shard", text, *flags, "--shard")
-
     assert max(shards) < 0.51 * min(whole)
 
 
@@ -361,26 +372,3 @@ def first_that_fits(model: GPT, free: float, gpus: int) -> str:
                 B = plan.divisor_up_to(B, 512 // gpus)  # of a rank's sequences in a step
                 return f"{B} ({options})" if options else f"{B}"
     return "–"
-
-
-def test_muon_cannot_be_sharded(tmp_path, text):
-    flags = *RUN, "--data", text, "--log_dir", tmp_path / "log", "--shard", "--optimizer", "muon"
-    done = run_ranks("train_gpt2.py", *flags, status=2)
-    assert done.stderr.count("error: --shard: Muon needs whole matrices; use --optimizer adamw, or no --shard") == 1
-
-
-def test_shards_communicate_gradients_once_a_step(tmp_path, text):
-    """Of four micro-steps, for each of two blocks and for all else; the probe communicates nothing."""
-    count = """
-import torch.distributed as dist
-if step < 0 and rank == 0 and not hasattr(dist, "uncounted"):
-    dist.uncounted = dist.reduce_scatter_single
-    def counted(*args, **kwargs):
-        print("reduce-scatter", step, micro_step)
-        return dist.uncounted(*args, **kwargs)
-    dist.reduce_scatter_single = counted
-"""
-    flags = *RUN, "--data", text, "--log_dir", tmp_path / "log", "--total_batch_size", 128, "--max_steps", 2
-    done = run_ranks(with_fault(tmp_path, count), *flags, "--shard", "--recompute")
-    calls = re.findall(r"reduce-scatter (-?\d+) (\d+)", done.stdout)
-    assert calls == [("0", "3")] * 3 + [("1", "3")] * 3
