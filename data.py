@@ -113,7 +113,11 @@ class DataLoaderLite:
 
 def inputs_and_targets(rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Move rows (B, T + 1) of int32 to the device; return inputs and targets, each (B, T) of int64."""
-    # From pinned memory the host need not wait for a copy to a GPU. MPS would read freed memory (pytorch issue 139550).
-    cuda = device.type == "cuda"
-    rows = (rows.pin_memory() if cuda else rows).to(device, non_blocking=cuda).long()
+    rows = to_device(rows, device).long()
     return rows[:, :-1], rows[:, 1:]
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return the tensor on the device. The host does not wait for a copy to a GPU, which is from pinned memory."""
+    cuda = device.type == "cuda"  # MPS would read freed memory (pytorch issue 139550)
+    return (tensor.pin_memory() if cuda else tensor).to(device, non_blocking=cuda)

@@ -18,7 +18,7 @@ import torch
 
 from model import GPT
 from runtime import checkpoint
-from runtime.device import choose_device
+from runtime.device import choose_device, sdpa_without_cudnn
 from runtime.options import option, parse_options
 from tokens import END_OF_TEXT, gpt2_encoding
 
@@ -55,6 +55,7 @@ def stream_text(tokens: Iterator[int], stop: str | None) -> Iterator[str]:
     yield held + decoder.decode(b"", final=True)
 
 
+@sdpa_without_cudnn()
 def print_continuation(model: GPT, prompt: str, args: Options, generator: torch.Generator) -> None:
     """Print a continuation of the prompt, token by token."""
     idx = torch.tensor([gpt2_encoding().encode_ordinary(prompt) or [END_OF_TEXT]], device=generator.device)  # (1, T)

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from data import to_device
 from model import GPT
 from runtime import checkpoint
-from runtime.device import choose_device, oom_as_user_error, tune_malloc
+from runtime.device import choose_device, oom_as_user_error, sdpa_without_cudnn, tune_malloc
 from runtime.distributed import Distributed
 from runtime.options import option
 
@@ -88,7 +89,12 @@ class Scorer:
     batch_tokens: int  # at once, with padding
     dist: Distributed
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.transformer.wte.weight.device
+
     @torch.inference_mode()
+    @sdpa_without_cudnn()
     def score(
         self, examples: list[Example], max_tokens: int | None = None, excluded: list[int] | None = None, name: str = ""
     ) -> Scores:
@@ -105,12 +111,12 @@ class Scorer:
             batches.append(rows[:n])
             rows = rows[n:]
         lengths = torch.tensor([len(c) for e in examples for c in e.continuations])
-        scores = torch.zeros(3, int(lengths.sum()))
+        scores = torch.zeros(3, int(lengths.sum()), device=self.device)
         mine = batches[self.dist.rank :: self.dist.size]  # neighbors take similar time
         with oom_as_user_error(f"a batch of {self.batch_tokens:,} tokens", "a smaller --batch_tokens"):
             for batch in tqdm(mine, name, unit="batch", disable=not (name and self.dist.is_main), leave=False):
                 indices, found = self.score_batch(batch, excluded or [])
-                scores[:, indices] = found.float().cpu()
+                scores[:, indices] = found
         scores = self.dist.all_reduce(scores).cpu()
         if not scores.isfinite().all():
             dtype = str(self.model.transformer.wte.weight.dtype).removeprefix("torch.")
@@ -119,26 +125,29 @@ class Scorer:
 
     def score_batch(self, rows: list[Row], excluded: list[int]) -> tuple[Tensor, Tensor]:
         """Return the indices (n,) in Scores of the tokens of these rows' continuations, and what Scores holds of them:
-        log-probability, whether it is the most likely token, and whether of the allowed ones, (3, n)."""
+        log-probability, whether it is the most likely token, and whether of the allowed ones, (3, n). On a GPU, nothing
+        here waits for the device."""
         B, S = len(rows), len(rows[0])
-        batch = torch.zeros(3, B, S, dtype=torch.int64)
+        batch = np.zeros((3, B, S), dtype=np.int64)
         idx, pos, part = batch  # (B, S) each; part tells the continuations apart, and is 0 for the context and padding
         source, target, indices = [], [], []  # where a scored token is predicted, which it is, its index in Scores
         for b, row in enumerate(rows):
             n = start = len(row.context)
-            idx[b, :n] = torch.as_tensor(row.context)
-            pos[b, :n] = torch.arange(n)
+            idx[b, :n] = row.context
+            pos[b, :n] = range(n)
             for i, (first, tokens) in enumerate(row.continuations.items(), start=1):
                 end = start + len(tokens) - 1  # the last token is only a target
-                idx[b, start:end] = torch.as_tensor(tokens[:-1])
-                pos[b, start:end] = torch.arange(n, n + len(tokens) - 1)  # each continuation follows the context
+                idx[b, start:end] = tokens[:-1]
+                pos[b, start:end] = range(n, n + len(tokens) - 1)  # each continuation follows the context
                 part[b, start:end] = i
-                source.append(b * S + n - 1)  # the context's last token predicts the first token,
-                source += range(b * S + start, b * S + end)  # each token the next one
-                target.append(torch.as_tensor(tokens).long())
-                indices += range(first, first + len(tokens))
+                # The context's last token predicts the first token, each token the next one.
+                source.append([b * S + n - 1, *range(b * S + start, b * S + end)])
+                target.append(tokens)
+                indices.append(range(first, first + len(tokens)))
                 start = end
-        idx, pos, part = batch.to(self.model.transformer.wte.weight.device)
+        idx, pos, part = to_device(torch.from_numpy(batch), self.device)
+        scored = np.stack([np.concatenate(ids).astype(np.int64) for ids in (source, target, indices)])
+        source, target, indices = to_device(torch.from_numpy(scored), self.device)  # (scored tokens,) each
         mask = None  # causal
         if any(len(row.continuations) > 1 for row in rows):
             causal = torch.ones(S, S, dtype=torch.bool, device=idx.device).tril()  # hides padding, at the end, too
@@ -146,16 +155,17 @@ class Scorer:
             mask = mask[:, None]  # (B, 1, S, S): for all heads
         x = self.model.hidden(idx, pos=pos, mask=mask).view(B * S, -1)[source]  # (scored tokens, C)
         found = []
-        # 512 tokens at a time: their logits are by far the largest thing here.
-        for some_x, some_target in zip(x.split(512), torch.cat(target).to(x.device).split(512), strict=True):
-            logits = self.model.head(some_x)  # (512, V)
+        # Some tokens at a time: their logits are by far the largest thing here.
+        piece = 8192 if self.device.type == "cuda" else 512
+        for some_x, some_target in zip(x.split(piece), target.split(piece), strict=True):
+            logits = self.model.head(some_x)  # (piece, V)
             loss = F.cross_entropy(logits, some_target, reduction="none")
             greedy = allowed_greedy = is_argmax(logits, some_target)
             if excluded:
                 logits[:, excluded] = -torch.inf
                 allowed_greedy = is_argmax(logits, some_target)
-            found.append(torch.stack((-loss, greedy, allowed_greedy)))  # (3, 512)
-        return torch.tensor(indices), torch.cat(found, dim=1)
+            found.append(torch.stack((-loss, greedy, allowed_greedy)))  # (3, piece)
+        return indices, torch.cat(found, dim=1)
 
     def score_documents(self, documents: list[np.ndarray], stride: int, name: str = "") -> tuple[float, int]:
         """Return the nats of all tokens of the documents but the first of each, and how many these are."""
@@ -166,6 +176,8 @@ class Scorer:
 
 def is_argmax(logits: Tensor, target: Tensor) -> Tensor:
     """Return whether argmax of logits (n, V) is the target (n,). On a CPU, amax is five times as fast as argmax."""
+    if logits.device.type != "cpu":
+        return logits.argmax(dim=-1) == target
     is_max = logits.gather(1, target[:, None])[:, 0] == logits.amax(dim=-1)  # (n,)
     rows = is_max.nonzero()[:, 0]  # of several equal logits, argmax takes one
     is_max[rows] = logits[rows].argmax(dim=-1) == target[rows]
@@ -223,6 +235,6 @@ class ScoringOptions:
             dist.set_device(choose_device(self.device))
             model = checkpoint.load_model("--model", self.model)
         tune_malloc()
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("highest")  # no TF32: the numbers are compared with those of others
         batch_tokens = self.batch_tokens or (65536 if dist.device.type == "cuda" else 1024)
         return Scorer(model.eval().to(dist.device, getattr(torch, self.dtype)), batch_tokens, dist)

@@ -27,7 +27,14 @@ from data import Data, DataLoaderLite, inputs_and_targets, open_data
 from model import GPT
 from recipe import PRESETS, TrainConfig, learning_rate
 from runtime import checkpoint, sharding
-from runtime.device import is_out_of_memory, oom_as_user_error, peak_flops, peak_memory, tune_malloc
+from runtime.device import (
+    classify_error,
+    oom_as_user_error,
+    peak_flops,
+    peak_memory,
+    sdpa_without_cudnn,
+    tune_malloc,
+)
 from runtime.distributed import Distributed, StopSignals, read_environment
 from runtime.options import parse_options
 from runtime.plan import FULL_RUN, Plan, divisor_up_to, make_plan, merge_flags
@@ -184,6 +191,7 @@ class Trainer:
         return GPT.from_weights(self.raw_model.config, weights).eval()
 
     @torch.no_grad()
+    @sdpa_without_cudnn()
     def evaluate(self, model: GPT, n_sequences: int) -> float:
         """Return the mean loss over the first n validation sequences: the same ones for any micro-batch and ranks."""
         n, B = min(self.val_loader.n_rows, max(1, n_sequences)), self.config.micro_batch_size
@@ -204,6 +212,7 @@ class Trainer:
             scores = Scorer(model, batch_tokens, self.dist).score(self.examples)
         return hellaswag.compute_accuracy(scores, self.examples).acc_norm / len(self.examples)
 
+    @sdpa_without_cudnn()
     def generate_samples(self, model: GPT) -> list[str]:
         """Return four continuations of a prompt by 32 tokens, always from the same random numbers."""
         prompt = gpt2_encoding().encode_ordinary("Hello, I'm a language model,")
@@ -325,18 +334,24 @@ class Trainer:
 
     def compile_and_fit(self) -> None:
         """Compile, wrap in DDP and run a probe step. Out of memory, halve the micro-batch, then recompute activations;
-        run eager if compiling fails. No rank waits for another in a probe; they agree on its outcome afterwards."""
+        run without cuDNN's attention, or eager, if that fails. No rank waits for another in a probe; they agree on its
+        outcome afterwards."""
         config, dist = self.config, self.dist
         B, compiled, recompute = config.micro_batch_size, config.compile == "on", config.recompute == "on"
         self.model = self.wrap_model(self.raw_model, compiled)
         while True:
-            out_of_memory, compile_error = self.probe(B, compiled)
-            any_out_of_memory, any_compile_error = dist.sum_scalars(out_of_memory, bool(compile_error))
-            if any_compile_error:
+            problem, message = self.probe(B, compiled)
+            out_of_memory, cudnn, compiler = dist.sum_scalars(*(problem == p for p in ("memory", "cudnn", "compiler")))
+            if cudnn:
+                torch.backends.cuda.enable_cudnn_sdp(False)
+                torch._dynamo.reset()
+                self.log.print(f"no cuDNN attention: {message if problem == 'cudnn' else 'failed on another rank'}")
+            elif compiler:
                 compiled = False
-                self.log.print(f"not compiled, torch.compile failed: {compile_error or 'on another rank'}")
+                reason = message if problem == "compiler" else "on another rank"
+                self.log.print(f"not compiled, torch.compile failed: {reason}")
                 self.model = self.wrap_model(self.raw_model, compiled)
-            elif not any_out_of_memory:
+            elif not out_of_memory:
                 break
             elif B > 1:
                 B = divisor_up_to(B // 2, config.total_batch_size // (config.seq_len * dist.size))
@@ -352,7 +367,7 @@ class Trainer:
         if dist.size > 1 and not self.sharded:
             # After its first step with communication, DDP rebuilds its buckets, and with them the order in which
             # gradients are summed. Do that step here, so that all steps of a run, resumed or not, use the same order.
-            if self.probe(B, compiled, communicate=True)[0]:
+            if self.probe(B, compiled, communicate=True)[0] == "memory":
                 raise UserError("out of memory in the first communication: try a smaller --micro_batch_size")
         # From here on self.config, and no longer the plan, has what is used.
         on = {True: "on", False: "off"}
@@ -365,21 +380,20 @@ class Trainer:
             model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         return model
 
-    def probe(self, B: int, compiled: bool, communicate: bool = False) -> tuple[bool, str]:
-        """Run an evaluation and a training pass with B sequences. Return whether they ran out of memory, and the error
-        if they could not be compiled."""
-        out_of_memory, compile_error = False, ""
+    def probe(self, B: int, compiled: bool, communicate: bool = False) -> tuple[str | None, str]:
+        """Run an evaluation and a training pass with B sequences. Return what failed (memory, cudnn, compiler; None if
+        nothing did) and its message."""
+        problem, message = None, ""
         try:
             self.use_memory_of_a_step(B, compiled, communicate)
         except Exception as e:  # not kept: its traceback holds that function's frame, and all that was made there
-            out_of_memory = is_out_of_memory(e)
-            if not out_of_memory and not isinstance(e, torch._dynamo.exc.TorchDynamoException):
+            problem, message = classify_error(e), first_line(e)
+            if problem is None:
                 raise
-            compile_error = "" if out_of_memory else first_line(e)
         self.raw_model.zero_grad(set_to_none=True)
         gc.collect()  # FSDP2's models contain reference cycles
         torch.cuda.empty_cache()  # does nothing without CUDA
-        return out_of_memory, compile_error
+        return problem, message
 
     def use_memory_of_a_step(self, B: int, compiled: bool, communicate: bool) -> None:
         """Use a step's memory: the optimizer's moments, accumulated gradients, an evaluation and a training pass."""
@@ -390,7 +404,7 @@ class Trainer:
         n_moments = 0 if self.optimizer.state else 2  # a resumed optimizer has its moments already
         moments = [torch.empty_like(p) for p in model.parameters() for _ in range(n_moments)]
         x, y = inputs_and_targets(torch.zeros(B, config.seq_len + 1, dtype=torch.int32), self.dist.device)
-        with torch.no_grad(), self.autocast:
+        with torch.no_grad(), self.autocast, sdpa_without_cudnn():
             whole_model.eval()(x, y)
         del whole_model
         model.train()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Floating-point operations of a run above which torch.compile saves more time than it takes. Compiling takes a minute
 # on a GPU and half a minute on a CPU. It then saves a third of the time on a GPU, up to 15% on a CPU (124M: nothing).
@@ -97,6 +98,23 @@ def is_out_of_memory(e: Exception) -> bool:
     return isinstance(e, torch.OutOfMemoryError | MemoryError) or any(
         text in str(e) for text in ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     )
+
+
+def classify_error(e: Exception) -> str | None:
+    """Return what has failed in a probe step: memory, cudnn, compiler; None if it is none of these."""
+    if is_out_of_memory(e):
+        return "memory"
+    if "cuDNN" in str(e) and torch.backends.cuda.cudnn_sdp_enabled():  # no plan for this attention, for example
+        return "cudnn"
+    # What a compiled kernel raises when it runs is no TorchDynamoException.
+    at_run_time = type(e).__module__.startswith(("triton.", "torch._inductor."))
+    return "compiler" if at_run_time or isinstance(e, torch._dynamo.exc.TorchDynamoException) else None
+
+
+def sdpa_without_cudnn() -> contextlib.AbstractContextManager:
+    """Leave out cuDNN's attention, for shapes that vary: it makes a plan for each, in 0.06 to 0.4 s. (A context manager
+    and decorator.)"""
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 @contextlib.contextmanager

@@ -1,0 +1,124 @@
+"""What a GPU needs of the scripts, as far as a CPU can show it."""
+
+from errors import run_script
+
+import numpy as np
+import pytest
+import torch
+
+import hellaswag
+import sample
+from conftest import ROOT, SMALL, run_in_process, run_ranks, with_fault
+from model import GPT, GPTConfig
+from runtime import device
+from runtime.distributed import Distributed
+from scoring import Example, Scorer, ScoringOptions, make_rows
+
+RECORDS = ROOT / "tests/data/hellaswag_100.jsonl"
+CUDNN_FAILURE = "cuDNN Frontend error: [cudnn_frontend] Error: No valid execution plans built."
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """The directory of a small model."""
+    directory = tmp_path_factory.mktemp("model")
+    GPT(GPTConfig(block_size=256, n_layer=1, n_head=2, n_embd=16)).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def cudnn():
+    """A process where cuDNN's attention is enabled; it is afterwards, whatever a run has decided."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+@pytest.fixture
+def passes(cudnn, monkeypatch) -> dict[bool, set[bool]]:
+    """Whether cuDNN's attention was enabled in passes for training (True) and for evaluation (False)."""
+    hidden, found = GPT.hidden, {True: set(), False: set()}
+
+    def recorded(model, *args, **kwargs):
+        found[model.training].add(torch.backends.cuda.cudnn_sdp_enabled())
+        return hidden(model, *args, **kwargs)
+
+    monkeypatch.setattr(GPT, "hidden", recorded)
+    return found
+
+
+def test_only_training_uses_cudnn(passes, tmp_path, text, monkeypatch):
+    """cuDNN makes a plan for each shape, and all shapes but those of training vary."""
+    monkeypatch.setattr("hellaswag.find_file", lambda: RECORDS)
+    flags = "--data", text, "--log_dir", tmp_path / "log", "--seq_len", 128, "--total_batch_size", 512
+    done = run_in_process(*SMALL, *flags, "--max_steps", 2, "--hellaswag_every", 1, "--sample_every", 1)
+    assert "HellaSwag accuracy" in done.stdout and "> \"Hello, I'm" in done.stdout
+    assert passes == {True: {True}, False: {False}}
+
+
+def test_scripts_do_not_use_cudnn(passes, model_dir, capsys):
+    flags = "--model", model_dir, "--data", RECORDS, "--limit", 3, "--device", "cpu"
+    assert run_script(hellaswag.main, [*map(str, flags)]) == 0
+    flags = "--model", model_dir, "--prompt", "A", "--max_new_tokens", 2, "--device", "cpu"
+    assert run_script(sample.main, [*map(str, flags)]) == 0
+    assert passes == {True: set(), False: {False}}
+
+
+def test_evaluation_in_float32_does_not_use_tf32(model_dir):
+    torch.set_float32_matmul_precision("high")  # as train_gpt2.py does
+    ScoringOptions(model=str(model_dir), device="cpu").load_scorer(Distributed())
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_cudnn_failure_on_one_of_two_ranks_is_one_line(tmp_path, text):
+    fault = f"""
+if rank == 1 and torch.backends.cuda.cudnn_sdp_enabled() and model.training:
+    raise RuntimeError({CUDNN_FAILURE!r})
+if trainer is not None and torch.backends.cuda.cudnn_sdp_enabled():
+    raise RuntimeError("still enabled")
+"""
+    script = with_fault(tmp_path, fault)
+    done = run_ranks(script, *SMALL, "--data", text, "--log_dir", tmp_path / "log", "--max_steps", 2)
+    assert [line for line in done.stdout.splitlines() if "cuDNN" in line] == [
+        "no cuDNN attention: failed on another rank"
+    ]
+
+
+def test_cudnn_failure_names_its_reason(cudnn, tmp_path, text, monkeypatch):
+    forward = GPT.forward
+
+    def failing(model, *args):
+        if torch.backends.cuda.cudnn_sdp_enabled():
+            raise RuntimeError(CUDNN_FAILURE)
+        return forward(model, *args)
+
+    monkeypatch.setattr(GPT, "forward", failing)
+    done = run_in_process(*SMALL, "--data", text, "--log_dir", tmp_path / "log", "--max_steps", 1)
+    assert done.stdout.count(f"no cuDNN attention: {CUDNN_FAILURE}\n") == 1
+
+
+def test_compiled_kernel_that_fails_at_run_time_is_one_line(tmp_path, text):
+    fault = """
+from torch._inductor.runtime.triton_heuristics import NoTritonConfigsError
+if rank == 1 and calls == 1 and model.training:
+    raise NoTritonConfigsError("No valid triton configs. OutOfResources: out of resource: shared memory")
+"""
+    script = with_fault(tmp_path, fault)
+    done = run_ranks(script, *SMALL, "--data", text, "--log_dir", tmp_path / "log", "--max_steps", 2)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("not compiled, torch.compile failed")]
+    assert line == "not compiled, torch.compile failed: on another rank"
+
+
+def test_other_errors_of_the_probe_are_not_hidden():
+    assert device.classify_error(RuntimeError("expected scalar type Float")) is None
+    assert device.classify_error(torch.OutOfMemoryError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")) == "memory"
+
+
+def test_scoring_never_waits_for_its_device():
+    """On the device meta nothing can be read: a wait for the device would be an error."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(block_size=64, n_layer=1, n_head=1, n_embd=8)).eval()
+    examples = [Example(np.arange(9), [[1, 2], [3]]), Example([5] * 4, [[6, 7, 8]])]
+    rows, _ = make_rows(examples, 65)
+    indices, found = Scorer(model, 64, Distributed()).score_batch(rows, [])
+    assert indices.shape == (6,) and found.shape == (3, 6) and found.is_meta
