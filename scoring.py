@@ -134,16 +134,16 @@ class Scorer:
         for b, row in enumerate(rows):
             n = start = len(row.context)
             idx[b, :n] = row.context
-            pos[b, :n] = range(n)
+            pos[b, :n] = np.arange(n)
             for i, (first, tokens) in enumerate(row.continuations.items(), start=1):
                 end = start + len(tokens) - 1  # the last token is only a target
                 idx[b, start:end] = tokens[:-1]
-                pos[b, start:end] = range(n, n + len(tokens) - 1)  # each continuation follows the context
+                pos[b, start:end] = np.arange(n, n + len(tokens) - 1)  # each continuation follows the context
                 part[b, start:end] = i
                 # The context's last token predicts the first token, each token the next one.
-                source.append([b * S + n - 1, *range(b * S + start, b * S + end)])
+                source += [[b * S + n - 1], np.arange(b * S + start, b * S + end)]
                 target.append(tokens)
-                indices.append(range(first, first + len(tokens)))
+                indices.append(np.arange(first, first + len(tokens)))
                 start = end
         idx, pos, part = to_device(torch.from_numpy(batch), self.device)
         scored = np.stack([np.concatenate(ids).astype(np.int64) for ids in (source, target, indices)])

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 
 from model import GPT, GPTConfig
+from runtime.device import copy_to_cpu, oom_as_user_error
 from tokens import VOCAB_SIZE, sha256
 
 UNFINISHED = ".unfinished-"  # prefix of what is being written or deleted, which is no checkpoint
@@ -67,11 +68,18 @@ class Writer:
 
     def start(self, config: GPTConfig, weights: dict, state: dict, record: dict, logs: dict[str, bytes]) -> None:
         """Write a checkpoint in the thread, after the last one is written. Nothing may change the tensors any more."""
-        self.writing = self.pool.submit(self.write, GPT.from_weights(config, weights), state, logs, record)
+        tree = dict(weights=weights, state=state)
+        on_gpu = any(t.is_cuda for t in weights.values())
+        copied = torch.cuda.current_stream().record_event() if on_gpu else None  # when they are what they should be
+        self.writing = self.pool.submit(self.write, config, tree, copied, logs, record)
 
-    def write(self, model: GPT, trainer_state: dict, logs: dict[str, bytes], record: dict) -> None:
+    def write(self, config: GPTConfig, tree: dict, copied: torch.cuda.Event | None, logs: dict, record: dict) -> None:
         """Write a checkpoint, then delete old ones."""
-        directory = save(self.log_dir, model, trainer_state, logs, record)
+        with oom_as_user_error("the copy that a checkpoint is written from"):
+            on_cpu = copy_to_cpu(tree, copied)
+        tree.clear()  # frees the GPU's memory
+        model = GPT.from_weights(config, on_cpu["weights"])
+        directory = save(self.log_dir, model, on_cpu["state"], logs, record)
         self.print_line(f"step {record['step']}: saved {directory}")
         prune(self.log_dir, self.keep, self.print_line)
 

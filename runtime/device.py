@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
 
 # Floating-point operations of a run above which torch.compile saves more time than it takes. Compiling takes a minute
 # on a GPU and half a minute on a CPU. It then saves a third of the time on a GPU, up to 15% on a CPU (124M: nothing).
@@ -91,6 +92,20 @@ def peak_memory(device: torch.device) -> int | None:
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory_beside_training(device: torch.device) -> float:
+    """Return the bytes of a GPU's memory that were free even at this process's peak so far."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - peak_memory(device)
+
+
+def copy_to_cpu(tree, copied: torch.cuda.Event | None):
+    """Return the tree with its tensors on the CPU. From a GPU they are copied after the event, on a stream of their
+    own: the calling thread waits for the copies, but no kernel that another thread has started does."""
+    with torch.cuda.stream(torch.cuda.Stream() if copied else None):
+        if copied:
+            copied.wait()
+        return tree_map_only(torch.Tensor, lambda t: t.cpu(), tree)
 
 
 def is_out_of_memory(e: Exception) -> bool:

@@ -14,9 +14,9 @@ from threading import Event
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from runtime.device import oom_as_user_error
+from runtime.device import memory_beside_training, oom_as_user_error
 
 
 class Distributed:
@@ -153,11 +153,17 @@ class Distributed:
         return tree_map_only(torch.Tensor, send, tree if self.is_main else shapes)
 
     def gather_tree(self, tree):
-        """Return a CPU copy of the tree, its DTensors gathered one by one; on all but the main rank, a tree of None."""
+        """Return a copy of the tree; on all but the main rank, a tree of None. DTensors are gathered one by one, on the
+        CPU. Other tensors are copied on their device, which takes milliseconds, if its memory suffices, else there,
+        too."""
+        size = sum(t.nbytes for t in tree_leaves(tree) if torch.is_tensor(t))
+        roomy = self.device.type == "cuda" and 2 * size < memory_beside_training(self.device)
 
         def copy(tensor: torch.Tensor) -> torch.Tensor | None:
-            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            return whole.detach().to("cpu", copy=True) if self.is_main else None
+            gathers = hasattr(tensor, "full_tensor")
+            whole = tensor.full_tensor() if gathers else tensor
+            device = tensor.device if roomy and not gathers else "cpu"
+            return whole.detach().to(device, copy=True) if self.is_main else None
 
         with oom_as_user_error("the copy that a checkpoint is written from"):
             return tree_map_only(torch.Tensor, copy, tree)

@@ -5,13 +5,14 @@ import os
 import pickle
 import random
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import tokens
-from conftest import assert_same_run, read_log, record, resume, run_in_process, weights
+from conftest import SMALL, assert_same_run, read_log, record, resume, run_in_process, weights
 from model import GPT, GPTConfig
 from runtime import checkpoint
 
@@ -46,6 +47,26 @@ def test_no_flipped_bit_and_no_truncation_is_loaded(tmp_path):
             checkpoint.verify(saved)
         path.write_bytes(content)
     assert checkpoint.newest(tmp_path)[1]["step"] == 10
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, text, monkeypatch):
+    """The files hold the state of their own step, however late they are written."""
+    flags = *SMALL, "--data", text, "--save_every", 4, "--log_dir"
+    run_in_process(*flags, tmp_path / "prompt")
+    save = checkpoint.save
+
+    def late_save(log_dir, model, state, logs, record):
+        deadline = time.monotonic() + 60
+        while record["step"] == 4 and "\n7 train" not in (log_dir / "log.txt").read_text():
+            assert time.monotonic() < deadline, "training does not go on"
+            time.sleep(0.01)
+        return save(log_dir, model, state, logs, record)
+
+    monkeypatch.setattr(checkpoint, "save", late_save)
+    run_in_process(*flags, tmp_path / "late")
+    for name in "model.safetensors", "trainer_state.pt", *checkpoint.LOGS[:1]:
+        late, prompt = (tmp_path / log / "step_000004" / name for log in ("late", "prompt"))
+        assert late.read_bytes() == prompt.read_bytes()
 
 
 def test_damaged_checkpoint_is_skipped_and_renamed(log, text, undisturbed):
