@@ -273,8 +273,7 @@ class Trainer:
         seconds = sorted(self.train_step().seconds for _ in range(4))[1]  # the first is slow, the fastest may be luck
         steps = config.max_steps - self.step
         evaluations = math.ceil(steps / config.eval_every) + 1 if config.eval_every else 0
-        eval_tokens = min(config.eval_tokens, self.val_loader.n_rows * config.seq_len)
-        evaluation = seconds / 3 * eval_tokens / config.total_batch_size  # forward alone is a third of the work
+        evaluation = self.measure_evaluation() if evaluations else 0.0
         total = timedelta(seconds=round(seconds * steps + evaluations * evaluation))
         state = [t for entry in self.optimizer.state.values() for t in entry.values()]
         size = sum(t.numel() * t.itemsize for t in [*self.raw_model.parameters(), *state])
@@ -286,6 +285,15 @@ class Trainer:
         self.log.print(f"disk     {disk}")
         self.log.print("this was a dry run: nothing is written")
         return 0
+
+    def measure_evaluation(self) -> float:
+        """Return the seconds that a validation takes, from one batch on each rank."""
+        model, batch = self.whole_model(), self.config.micro_batch_size * self.dist.size
+        self.evaluate(model, batch)  # warm up
+        started = time.perf_counter()
+        self.evaluate(model, batch)
+        n = min(self.val_loader.n_rows, max(1, self.config.eval_tokens // self.config.seq_len))
+        return (time.perf_counter() - started) * math.ceil(n / batch)
 
     # -- The parts of the setup
 

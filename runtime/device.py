@@ -16,11 +16,16 @@ from torch.utils._pytree import tree_map_only
 # on a GPU and half a minute on a CPU. It then saves a third of the time on a GPU, up to 15% on a CPU (124M: nothing).
 COMPILE_PAYS = dict(cuda=5e16, cpu=1.5e14)
 
-# Dense matrix peak in 16 bit with float32 accumulation, FLOP/s, from the vendors' data sheets, by patterns of names.
+# Dense matrix peak in 16 bit with float32 accumulation, FLOP/s, from the vendors' data sheets, by patterns of names. Of
+# GeForce cards it is 512 × streaming multiprocessors × boost clock, for example 128 × 2.52 GHz for an RTX 4090.
 PEAK_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12,
-    "A100": 312e12, "A10G": 70e12, "A10": 125e12, "A40": 149.7e12, "L40S": 362e12, "L4": 121e12, "V100-SXM2": 125e12,
-    "T4": 65e12, "RTX 4090$": 165.2e12, "RTX 3090$": 71e12,
+    "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200": 989e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "A10G": 70e12, "A10": 125e12,
+    "A40": 149.7e12, "L40S": 362e12, "L4": 121e12, "V100-SXM2": 125e12, "T4": 65e12,
+    "RTX 5090$": 209.5e12, "RTX 5080$": 112.6e12, "RTX 5070 Ti$": 87.9e12, "RTX 5070$": 61.7e12,
+    "RTX 4090$": 165.2e12, "RTX 4080 SUPER$": 104.4e12, "RTX 4080$": 97.5e12, "RTX 4070 Ti SUPER$": 88.2e12,
+    "RTX 4070 Ti$": 80.2e12, "RTX 4070 SUPER$": 71e12, "RTX 4070$": 58.3e12, "RTX 4060 Ti$": 44.1e12,
+    "RTX 4060$": 30.2e12, "RTX 3090 Ti$": 80e12, "RTX 3090$": 71.2e12, "RTX 3080 Ti$": 68.2e12, "RTX 3060$": 25.5e12,
 }  # fmt: skip
 
 

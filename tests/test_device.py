@@ -122,3 +122,33 @@ def test_scoring_never_waits_for_its_device():
     rows, _ = make_rows(examples, 65)
     indices, found = Scorer(model, 64, Distributed()).score_batch(rows, [])
     assert indices.shape == (6,) and found.shape == (3, 6) and found.is_meta
+
+
+def test_peaks_are_found_by_the_whole_name(monkeypatch):
+    """Names contain each other, and a laptop's GPU is slower than a desktop's."""
+    expected = {
+        "NVIDIA H200": 989e12,
+        "NVIDIA GB200": 2500e12,
+        "NVIDIA B200": 2250e12,
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA L4": 121e12,
+        "Tesla T4": 65e12,
+        "NVIDIA GeForce RTX 4070": 58.3e12,
+        "NVIDIA GeForce RTX 4070 Ti": 80.2e12,
+        "NVIDIA GeForce RTX 4070 Ti SUPER": 88.2e12,
+        "NVIDIA GeForce RTX 4090 Laptop GPU": None,
+        "NVIDIA GeForce RTX 3080": None,  # the cards with 10 and with 12 GB have other peaks and the same name
+    }
+    for name, peak in expected.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert device.peak_flops(torch.device("cuda"), "bfloat16") == peak, name
+
+
+def test_peaks_of_geforce_cards_follow_from_their_clocks():
+    """512 operations a clock and streaming multiprocessor, whose number and boost clock the white papers state."""
+    cards = {"RTX 5090": (170, 2.407), "RTX 4090": (128, 2.52), "RTX 4080": (76, 2.505), "RTX 4070": (46, 2.475)}
+    cards |= {"RTX 4060": (24, 2.46), "RTX 3090": (82, 1.695), "RTX 3080 Ti": (80, 1.665), "RTX 3060": (28, 1.777)}
+    for name, (processors, clock) in cards.items():
+        assert device.PEAK_FLOPS[f"{name}$"] == pytest.approx(512e9 * processors * clock, rel=0.002)
