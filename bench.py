@@ -5,17 +5,17 @@
     python bench.py memory generate    GPT-2 124M: peak memory of training, tokens per second of generation
     python bench.py optimizer          what Muon adds to a step of small
     python bench.py lambada            GPT-2 124M: records per second of an evaluation
+    python bench.py gpu                ways to train GPT-2 124M on a GPU, and which kernels take the time
+    python bench.py ladder             what each optimization adds to GPT-2 124M on a GPU
 
-Nothing else should run meanwhile. The last variant of a benchmark is its baseline. All variants have random weights and
-the fastest precision of the device.
+Nothing else should run meanwhile. The last variant of a benchmark is its baseline, for gpu and ladder the first. All
+variants have random weights and the fastest precision of the device.
 """
 
 from errors import UserError, run_script
 import contextlib
-import io
+import json
 import os
-import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -35,11 +35,11 @@ from runtime.distributed import Distributed
 from runtime.files import write_json
 from runtime.options import option, output_file, parse_options
 from scoring import Scorer
+from sweep import SWEEPS, TEXT, SweepOptions, measure_variant, run_child, run_sweep
 from tokens import END_OF_TEXT, VOCAB_SIZE, gpt2_encoding
 from zero_shot import lambada
 
 SCRIPT = __file__  # what a child runs
-TEXT = Path(__file__).resolve().parent / "input.txt"
 SHAPES = {"small": ("small", 8), "124M": ("gpt2", 2), "memory": ("gpt2", 4), "optimizer": ("small", 32)}
 GPT2 = GPTConfig()  # 124M, which generates
 
@@ -70,17 +70,18 @@ def shape_of(name: str) -> tuple[int, GPTConfig]:
 
 
 def train(args: "Options", name: str, compile: str = "on", tuned: bool = True, optimizer: str = "adamw") -> float:
-    """Take four steps of train_gpt2.py itself, as a dry run; return tokens per second, or for memory the peak in GB."""
+    """Take four steps of train_gpt2.py itself; return tokens per second, or for memory the peak in GB."""
     B, shape = shape_of(name)
     if not tuned:
         train_gpt2.tune_malloc = lambda: None
     flags = dict(preset=SHAPES[name][0], micro_batch_size=B, total_batch_size=B * shape.block_size, data=TEXT)
     flags |= dict(device=args.device.type, compile=compile, optimizer=optimizer)
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        assert train_gpt2.main(["--dry_run", *(f"--{key}={value}" for key, value in flags.items())]) == 0
+    argv = ["--dry_run", *(f"--{key}={value}" for key, value in flags.items())]
+    with contextlib.redirect_stdout(sys.stderr), train_gpt2.open_trainer(argv) as trainer:
+        median_seconds = sorted(trainer.train_step().seconds for _ in range(4))[1]  # the first is slow
     if name == "memory":
-        return float(re.search(r"memory +([\d.]+) GB", output.getvalue())[1])
-    return B * shape.block_size / float(re.search(r"([\d.e+]+) s a step", output.getvalue())[1])
+        return peak_memory(args.device) / 1e9
+    return B * shape.block_size / median_seconds
 
 
 def measure_loop(args: "Options", name: str, loss_of: Callable, optimizer: torch.optim.Optimizer) -> float:
@@ -228,12 +229,15 @@ BENCHMARKS = {
 }
 
 
+NAMES = *BENCHMARKS, *SWEEPS
+POSITIONAL, COUNT = dict(positional=True, metavar="NAME"), dict(low=1, high=1000, metavar="N")
+
+
 @dataclass(frozen=True)
-class Options:
-    names: tuple[str, ...] = option((), f"some of {', '.join(BENCHMARKS)}", positional=True, metavar="NAME")
-    repeats: int = option(5, "number of runs of each variant", low=1, high=1000, metavar="N")
+class Options(SweepOptions):
+    names: tuple[str, ...] = option((), f"some of {', '.join(NAMES)} (default: all but gpu, ladder)", **POSITIONAL)
+    repeats: int | None = option(None, "runs of each variant (default: 5; gpu, ladder: 1)", **COUNT)
     peer: Path | None = option(None, "a checkout of karpathy/build-nanogpt to measure, too", metavar="DIR")
-    device: str | torch.device = option("auto", "cpu, cuda, or auto for the fastest", metavar="DEVICE")
     json: Path | None = option(None, "write all figures to this file", type=output_file, metavar="FILE")
     variant: str | None = option(None, "in a child process: run this variant once and print its figure")
 
@@ -247,29 +251,40 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmarks, each variant in a child process, and print their tables. Raise UserError."""
     args = Options(**parse_options(Options, argv, __doc__))
     names = args.names or tuple(BENCHMARKS)
-    if unknown := [name for name in names if name not in BENCHMARKS]:
-        raise UserError(f"{', '.join(unknown)}: no such benchmark; there are {', '.join(BENCHMARKS)}")
+    if unknown := [name for name in names if name not in NAMES]:
+        raise UserError(f"{', '.join(unknown)}: no such benchmark; there are {', '.join(NAMES)}")
     if args.peer and not os.path.isfile(args.peer / "train_gpt2.py"):
         raise UserError(f"--peer {args.peer}: there is no train_gpt2.py in it")
-    if args.variant and args.variant not in BENCHMARKS[names[0]]:
-        raise UserError(f"--variant {args.variant}: no such variant of {names[0]}")
     args = replace(args, device=torch.device(choose_device(args.device)))
     if args.variant:
         torch.manual_seed(0)
-        print("figure", BENCHMARKS[names[0]][args.variant](args, names[0]))
+        print(json.dumps(run_variant(args, names[0])))
         return 0
+    status = 0
     print(f"{args.device}, {torch.get_num_threads()} threads, {args.dtype}, torch {torch.__version__}", flush=True)
     figures = dict(device=str(args.device), dtype=str(args.dtype), torch=torch.__version__)
     for name in names:
+        if name in SWEEPS:
+            status = max(status, run_sweep(args, name, SCRIPT, args.repeats or 1))
+            continue
         runs: dict[str, list[float]] = {variant: [] for variant in BENCHMARKS[name] if args.peer or variant != PEER}
-        for variant in tqdm([*runs] * args.repeats, desc=name, leave=False, disable=None):  # on a terminal
+        for variant in tqdm([*runs] * (args.repeats or 5), desc=name, leave=False, disable=None):  # on a terminal
             runs[variant].append(measure_in_child(args, name, variant))
         unit = dict(memory="GB", lambada="records/s").get(name, "tokens/s")
         print_table(name, unit, runs)
         figures[name] = dict(unit=unit, runs=runs)
     if args.json:
         write_json(args.json, figures)
-    return 0
+    return status
+
+
+def run_variant(args: Options, name: str) -> float | dict:
+    """In a child process: return the figure of a variant. Raise UserError."""
+    if name in SWEEPS:
+        return measure_variant(args, args.variant)
+    if args.variant not in BENCHMARKS[name]:
+        raise UserError(f"--variant {args.variant}: no such variant of {name}")
+    return BENCHMARKS[name][args.variant](args, name)
 
 
 def measure_in_child(args: Options, name: str, variant: str) -> float:
@@ -277,11 +292,11 @@ def measure_in_child(args: Options, name: str, variant: str) -> float:
     line = [sys.executable, SCRIPT, name, "--variant", variant, "--device", str(args.device)]
     if args.peer:
         line += ["--peer", str(args.peer)]
-    done = subprocess.run(line, capture_output=True, text=True, errors="replace")
+    done = run_child(line)
     if done.returncode:
         reason = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise UserError(f"{name}, {variant}: {reason[-1]}", 1)
-    return float(done.stdout.split("figure ")[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def print_table(name: str, unit: str, runs: dict[str, list[float]]) -> None:

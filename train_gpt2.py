@@ -13,6 +13,7 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -459,8 +460,9 @@ def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
     return int(np.random.SeedSequence((seed, step, micro_batch)).generate_state(1)[0])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run with these flags; return the exit status. Raise UserError."""
+@contextlib.contextmanager
+def open_trainer(argv: list[str] | None) -> Iterator[Trainer]:
+    """Set up a run with these flags, and close it at the end of the block. Raise UserError."""
     torch.set_float32_matmul_precision("high")  # TF32, for what is left in float32
     with Distributed() as dist:
         with dist.agree():
@@ -479,7 +481,13 @@ def main(argv: list[str] | None = None) -> int:
         if plan.config.shard == "off":  # a sharded run would take 1.5 times the memory
             tune_malloc()
         with contextlib.closing(Trainer(plan, data, dist)) as trainer:
-            return trainer.dry_run() if plan.config.dry_run else trainer.train()
+            yield trainer
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run with these flags; return the exit status. Raise UserError."""
+    with open_trainer(argv) as trainer:
+        return trainer.dry_run() if trainer.config.dry_run else trainer.train()
 
 
 if __name__ == "__main__":
