@@ -73,10 +73,8 @@ def command(script: str, *flags, ranks: int = 1) -> list[str]:
 
 def run(script: str, *flags, ranks: int = 1, status: int | None = 0, **kwargs) -> subprocess.CompletedProcess:
     """Run a script to its end and check its exit status."""
-    env = ENVIRONMENT | kwargs.pop("env", {})
-    done = subprocess.run(
-        command(script, *flags, ranks=ranks), env=env, capture_output=True, text=True, timeout=240, **kwargs
-    )
+    options = dict(env=ENVIRONMENT | kwargs.pop("env", {}), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command(script, *flags, ranks=ranks), **options | kwargs)
     assert status is None or done.returncode == status, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

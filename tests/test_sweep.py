@@ -216,7 +216,7 @@ def test_sweep_rehearses_on_a_cpu(tmp_path):
 def test_whole_sweep_rehearses_on_a_cpu(tmp_path, which):
     """Compiled variants, too."""
     flags = which, "--device", "cpu", "--results", tmp_path / "r.jsonl"
-    done = run(shrunk_script(tmp_path), *flags)
+    done = run(shrunk_script(tmp_path), *flags, timeout=900)
     found = rows(tmp_path / "r.jsonl")
     assert [*found] == ["reference", *sweep.SWEEPS[which]] and not any("error" in r for r in found.values()), (
         done.stdout
