@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
 def run_variant(args: Options, name: str) -> float | dict:
     """In a child process: return the figure of a variant. Raise UserError."""
     if name in SWEEPS:
-        return measure_variant(args, args.variant)
+        return measure_variant(args, name, args.variant)
     if args.variant not in BENCHMARKS[name]:
         raise UserError(f"--variant {args.variant}: no such variant of {name}")
     return BENCHMARKS[name][args.variant](args, name)

@@ -46,7 +46,10 @@ class Size(NamedTuple):
     gate_sequences: int  # the gradient of so many is compared
 
 
-SIZES = dict(cuda=Size("gpt2", 64, 8, 10, 64), cpu=Size("tiny", 2, 2, 3, 4))
+SIZES = {
+    "gpu": dict(cuda=Size("gpt2", 64, 8, 10, 64), cpu=Size("tiny", 2, 2, 3, 4)),
+    "ladder": dict(cuda=Size("gpt2", 16, 1, 10, 64), cpu=Size("tiny", 2, 1, 3, 4)),  # as in the lecture
+}
 
 
 # -- Patches of the code: candidates for a faster step, and what the ladder takes away
@@ -131,6 +134,7 @@ INDUCTOR = "TORCHINDUCTOR_"
 TUNE = {f"{INDUCTOR}COORDINATE_DESCENT_TUNING": "1", f"{INDUCTOR}MAX_AUTOTUNE_POINTWISE": "1"}
 ATEN = {f"{INDUCTOR}MAX_AUTOTUNE_GEMM": "1", f"{INDUCTOR}MAX_AUTOTUNE_GEMM_BACKENDS": "ATEN"}
 CHANGES = {
+    "reference": Change(options=dict(compile="off", dtype="float32"), patch=no_tf32),  # its gradient is compared with
     "eager": Change(options=dict(compile="off")),
     "nanogpt": Change(options=dict(compile="off"), patch=larger_vocabulary),
     "residual": Change(patch=residual_in_16_bit),
@@ -154,7 +158,6 @@ REMOVED = "no_tf32", "float32", "eager", "explicit", "unpadded", "unfused"
 LADDER = {rung: "+".join(REMOVED[i:]) or "default" for i, rung in enumerate(RUNGS)}
 GPU = "nanogpt eager default residual residual+loss flash half_batch double_batch cublaslt tune aten".split()
 SWEEPS = dict(gpu={name: name for name in GPU}, ladder=LADDER)  # variants by name: changes joined by +
-REFERENCE = "no_tf32+float32+eager"
 
 
 @dataclass(frozen=True)
@@ -163,16 +166,15 @@ class SweepOptions:
 
     device: str | torch.device = option("auto", "cpu, cuda, or auto for the fastest", metavar="DEVICE")
     only: tuple[str, ...] = option((), "gpu, ladder: these variants; changes joined by +", metavar="VARIANT")
-    micro_batch_size: int | None = option(None, "gpu, ladder: sequences at once (default: 64)", low=1, metavar="N")
+    micro_batch_size: int | None = option(None, "gpu, ladder: sequences at once (default: 64, 16)", low=1, metavar="N")
     time_limit: float = option(100.0, "gpu, ladder: seconds for one variant", low=1, high=1e6, metavar="S")
     deadline: float = option(3600.0, "gpu, ladder: seconds for all together", low=1, high=1e6, metavar="S")
     results: Path | None = option(None, "gpu, ladder: add each result to this file, as JSON", metavar="FILE")
     profile: Path | None = option(None, "gpu, ladder: write traces of three steps here", metavar="DIR")
     gradient: Path | None = option(None, "in a child process: the gradient to compare with")
 
-    @property
-    def size(self) -> Size:
-        size = SIZES[self.device.type]
+    def size(self, sweep: str) -> Size:
+        size = SIZES[sweep][self.device.type]
         return size._replace(micro_batch_size=self.micro_batch_size or size.micro_batch_size)
 
 
@@ -187,9 +189,10 @@ def find_changes(joined: str) -> list[Change]:
 # -- In the child process
 
 
-def measure_variant(args: SweepOptions, changes: str) -> dict:
-    """Train with these changes; return speed, memory, the error of the gradient, and where the time went."""
-    size, chosen = args.size, find_changes(changes)
+def measure_variant(args: SweepOptions, sweep: str, changes: str) -> dict:
+    """Train with these changes; return speed, memory, the error of the gradient, and where the time went. The
+    reference only writes its gradient."""
+    size, chosen = args.size(sweep), find_changes(changes)
     options = dict(preset=size.preset, data=TEXT, device=args.device.type, compile="on")
     for change in chosen:
         options |= change.options
@@ -200,7 +203,10 @@ def measure_variant(args: SweepOptions, changes: str) -> dict:
     options["micro_batch_size"] = int(size.micro_batch_size * math.prod(c.batch_factor for c in chosen))
     argv = ["--dry_run", *(f"--{name}={value}" for name, value in options.items())]
     with contextlib.redirect_stdout(sys.stderr), train_gpt2.open_trainer(argv) as trainer:
-        error = compare_gradient(trainer, args)
+        if changes == "reference":
+            torch.save((weights(trainer), compute_gradient(trainer, size.gate_sequences)), args.gradient)
+            return {}
+        error = compare_gradient(trainer, args.gradient, size.gate_sequences)
         ends = []
         for _ in range(size.steps + 2):  # the first ends the warm-up
             trainer.train_step()
@@ -214,19 +220,17 @@ def measure_variant(args: SweepOptions, changes: str) -> dict:
     return result | found | dict(micro_batch_size=B, dtype=config.dtype, compile=config.compile)
 
 
-def compare_gradient(trainer: train_gpt2.Trainer, args: SweepOptions) -> float:
-    """Return the relative error of the gradient; if there is none to compare with, write it. Raise UserError."""
-    # Without the rows that pad the vocabulary, whose number differs between variants.
-    parameters = {name: p[:VOCAB_SIZE] for name, p in trainer.raw_model.named_parameters()}
-    if args.gradient.exists():
-        weights, expected = torch.load(args.gradient, map_location=trainer.dist.device, weights_only=True)
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(weights[name])
-    gradient = compute_gradient(trainer, args)
-    if not args.gradient.exists():
-        torch.save((parameters, gradient), args.gradient)
-        return 0.0
+def weights(trainer: train_gpt2.Trainer) -> dict[str, torch.Tensor]:
+    """Return the parameters without the rows that pad the vocabulary, whose number differs between variants."""
+    return {name: p.detach()[:VOCAB_SIZE] for name, p in trainer.raw_model.named_parameters()}
+
+
+def compare_gradient(trainer: train_gpt2.Trainer, file: Path, n: int) -> float:
+    """Return the relative error of the gradient of n sequences, with the weights of the file. Raise UserError."""
+    expected_weights, expected = torch.load(file, map_location=trainer.dist.device, weights_only=True)
+    for name, p in weights(trainer).items():
+        p.copy_(expected_weights[name])
+    gradient = compute_gradient(trainer, n)
     squares = [((gradient[name] - t).square().sum(), t.square().sum()) for name, t in expected.items()]
     error = math.sqrt(sum(difference for difference, _ in squares) / sum(total for _, total in squares))
     if not error <= MAX_GRADIENT_ERROR:  # nan, too
@@ -234,9 +238,9 @@ def compare_gradient(trainer: train_gpt2.Trainer, args: SweepOptions) -> float:
     return error
 
 
-def compute_gradient(trainer: train_gpt2.Trainer, args: SweepOptions) -> dict[str, torch.Tensor]:
-    """Return the gradient of the mean loss of some sequences, in float32, by the names of the parameters."""
-    n, B = args.size.gate_sequences, trainer.config.micro_batch_size
+def compute_gradient(trainer: train_gpt2.Trainer, n: int) -> dict[str, torch.Tensor]:
+    """Return the gradient of the mean loss of n sequences, in float32, by the names of the parameters."""
+    B = trainer.config.micro_batch_size
     rows = trainer.train_loader.rows(0, n).repeat(math.ceil(B / n), 1)  # of equal rows, the mean is the same
     for some_rows in rows.split(B):
         x, y = inputs_and_targets(some_rows, trainer.dist.device)
@@ -308,7 +312,7 @@ def run_sweep(args: SweepOptions, sweep: str, script: str, repeats: int) -> int:
     variants = {name: SWEEPS[sweep].get(name, name) for name in args.only or SWEEPS[sweep]}
     for changes in variants.values():
         find_changes(changes)  # raises before anything has run
-    size, started, failed, fastest, baseline = args.size, time.monotonic(), False, {}, None
+    size, started, failed, fastest, baseline = args.size(sweep), time.monotonic(), False, {}, None
     gpu = f", {torch.cuda.get_device_name(args.device)}" if args.device.type == "cuda" else ""
     print(f"\n{sweep}: {size.preset}, {size.grad_accum_steps} × {size.micro_batch_size} sequences a step{gpu}")
     print(
@@ -318,7 +322,7 @@ def run_sweep(args: SweepOptions, sweep: str, script: str, repeats: int) -> int:
         line = [sys.executable, script, sweep, "--device", str(args.device), "--gradient", f"{directory}/gradient.pt"]
         line += ["--micro_batch_size", str(size.micro_batch_size)]
         line += ["--profile", str(args.profile)] if args.profile else []
-        runs = [("reference", REFERENCE), *[*variants.items()] * repeats]
+        runs = [("reference", "reference"), *[*variants.items()] * repeats]
         for name, changes in tqdm(runs, desc=sweep, unit="variant", leave=False, disable=None):
             left = args.deadline - (time.monotonic() - started)
             if left < 1:
@@ -330,10 +334,12 @@ def run_sweep(args: SweepOptions, sweep: str, script: str, repeats: int) -> int:
             if args.results:
                 with open(args.results, "a", encoding="utf-8") as file:
                     file.write(json.dumps(result) + "\n")
-            if "error" not in result and name != "reference":
+            if "tokens_per_second" in result:
                 baseline = baseline or result["tokens_per_second"]
                 fastest = max(fastest, result, key=lambda r: r.get("tokens_per_second", 0))
             tqdm.write(result_line(result, baseline))
+            if result["changes"] == "reference" and "error" in result:
+                raise UserError(f"{sweep}: without the reference there is nothing to compare gradients with", 1)
     for kernel in fastest.get("kernels", []):
         print(f"  {kernel['ms']:10.2f} ms  {kernel['fraction']:6.1%}  {kernel['name'][:55]}")
     return 1 if failed else 0
@@ -342,9 +348,8 @@ def run_sweep(args: SweepOptions, sweep: str, script: str, repeats: int) -> int:
 def result_line(result: dict, baseline: float | None) -> str:
     """Return a row of the table: speed, also relative to the first variant's, peak memory, error of the gradient,
     micro-batch size, attention."""
-    if "error" in result:
-        return f"  {result['variant']:18} {result['error']}"
+    if "tokens_per_second" not in result:
+        return f"  {result['variant']:18} {result.get('error', 'its gradient is written')}"
     speed, attention = result["tokens_per_second"], result["attention"].replace("_attention", "")
-    ratio = f"{speed / baseline:6.2f}" if baseline else " " * 6
     numbers = f"{result['peak_memory_gb']:6.1f} {result['gradient_error']:9.0e} {result['micro_batch_size']:6}"
-    return f"  {result['variant']:18} {speed:9,.0f} {ratio} {numbers}  {attention}"
+    return f"  {result['variant']:18} {speed:9,.0f} {speed / baseline:6.2f} {numbers}  {attention}"

@@ -16,12 +16,12 @@ import sweep
 import train_gpt2
 from conftest import ROOT, run
 from model import GPT, GPTConfig
-from sweep import CHANGES, REFERENCE, Change, SweepOptions, measure_variant
+from sweep import CHANGES, Change, SweepOptions, measure_variant
 
 # A network small enough for a test, here and in the children.
 SHRINK = """
 train_gpt2.PRESETS["tiny"] |= dict(n_layer=1, n_head=1, n_embd=16, seq_len=16)
-sweep.SIZES["cpu"] = sweep.Size("tiny", 2, 2, 2, 4)
+sweep.SIZES["gpu"]["cpu"] = sweep.SIZES["ladder"]["cpu"] = sweep.Size("tiny", 2, 2, 2, 4)
 """
 SCRIPT = f"""
 import sys
@@ -43,7 +43,8 @@ def small(monkeypatch):
     for owner, name in patched:
         monkeypatch.setattr(owner, name, getattr(owner, name))
     monkeypatch.setitem(train_gpt2.PRESETS, "tiny", dict(train_gpt2.PRESETS["tiny"]))
-    monkeypatch.setitem(sweep.SIZES, "cpu", sweep.SIZES["cpu"])
+    for sizes in sweep.SIZES.values():
+        monkeypatch.setitem(sizes, "cpu", sizes["cpu"])
     exec(SHRINK, dict(train_gpt2=train_gpt2, sweep=sweep))
     yield
     torch.backends.cuda.enable_cudnn_sdp(True)
@@ -53,16 +54,16 @@ def small(monkeypatch):
 def args(tmp_path, small) -> SweepOptions:
     """What a child is called with, after the reference."""
     args = SweepOptions(device=torch.device("cpu"), gradient=tmp_path / "gradient.pt")
-    assert measure_variant(args, REFERENCE)["gradient_error"] == 0
+    assert measure_variant(args, "gpu", "reference") == {}
     return args
 
 
-@pytest.mark.parametrize("change", [name for name in CHANGES if name not in ("default", "tune", "aten")])
+@pytest.mark.parametrize("change", [name for name in CHANGES if name not in ("reference", "default", "tune", "aten")])
 def test_change_keeps_the_gradient(args, monkeypatch, change):
     """In float32, and eager: compiled variants are the slow test's."""
     if CHANGES[change].patch is sweep.residual_in_16_bit:
         monkeypatch.setitem(CHANGES, "eager", Change(dict(compile="off", dtype="bfloat16")))
-    result = measure_variant(args, f"eager+{change}")
+    result = measure_variant(args, "gpu", f"eager+{change}")
     # Sums of float32 in another order; bfloat16 rounds at 4e-3; 47 more tokens of 50,304 take part of each probability.
     limit = dict(residual=2e-2, nanogpt=2e-2).get(change, 1e-5)
     assert 0 <= result["gradient_error"] <= limit
@@ -105,7 +106,7 @@ def test_nan_gradient_is_refused(args, monkeypatch):
 
     monkeypatch.setitem(CHANGES, "nan", Change(patch=nan))
     with pytest.raises(Exception, match="differs by nan"):
-        measure_variant(args, "eager+nan")
+        measure_variant(args, "gpu", "eager+nan")
 
 
 # In the parent process. The children of these tests import no torch.
@@ -117,6 +118,8 @@ if name == "flash":  # hangs, with a process of its own
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     open("pid", "w").write(str(child.pid))
     time.sleep(600)
+if name == "reference" and os.path.exists("fail"):
+    sys.exit("RuntimeError: no memory")
 if name == "aten":
     sys.exit("RuntimeError: no valid kernel")
 if name == "tune":
@@ -168,6 +171,15 @@ def test_deadline_cuts_a_sweep(child, capsys):
     assert found["residual"]["error"] == "not run: the deadline of 4 s has passed"
 
 
+def test_sweep_ends_without_a_reference(child, capsys):
+    Path("fail").touch()
+    assert sweep_gpu("--only", "eager") == 1
+    out, err = capsys.readouterr()
+    assert "reference          RuntimeError: no memory\n" in out
+    assert err == "bench.py: error: gpu: without the reference there is nothing to compare gradients with\n"
+    assert [*rows(Path("results.jsonl"))] == ["reference"]
+
+
 def test_variants_run_in_turn_with_their_environment(child, capsys):
     assert sweep_gpu("--repeats", 2, "--only", "eager", "tune+loss", "--profile", "traces") == 0
     results = [json.loads(line) for line in Path("results.jsonl").read_text().splitlines()]
@@ -191,7 +203,7 @@ def test_ladder_adds_one_optimization_at_a_time():
 @pytest.mark.parametrize("flags, name", [("--only nonsense", "nonsense"), ("--only eager+lost", "lost")])
 def test_unknown_variants_are_one_line(child, capsys, flags, name):
     assert sweep_gpu(*flags.split()) == 2
-    assert capsys.readouterr().err.startswith(f"bench.py: error: {name}: no such variant; there are eager, nanogpt,")
+    assert capsys.readouterr().err.startswith(f"bench.py: error: {name}: no such variant; there are reference, eager,")
     assert not os.path.exists("results.jsonl")
 
 
