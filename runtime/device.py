@@ -107,9 +107,10 @@ def memory_beside_training(device: torch.device) -> float:
 def copy_to_cpu(tree, copied: torch.cuda.Event | None):
     """Return the tree with its tensors on the CPU. From a GPU they are copied after the event, on a stream of their
     own: the calling thread waits for the copies, but no kernel that another thread has started does."""
-    with torch.cuda.stream(torch.cuda.Stream() if copied else None):
-        if copied:
-            copied.wait()
+    if copied is None:
+        return tree_map_only(torch.Tensor, lambda t: t.cpu(), tree)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        copied.wait()
         return tree_map_only(torch.Tensor, lambda t: t.cpu(), tree)
 
 
