@@ -8,8 +8,8 @@
     python bench.py gpu                ways to train GPT-2 124M on a GPU, and which kernels take the time
     python bench.py ladder             what each optimization adds to GPT-2 124M on a GPU
 
-Nothing else should run meanwhile. The last variant of a benchmark is its baseline, for gpu and ladder the first. All
-variants have random weights and the fastest precision of the device.
+Nothing else should run meanwhile. The last variant of a benchmark is its baseline. All variants have random weights and
+the fastest precision of the device. gpu and ladder have options of their own: see python bench.py gpu --help.
 """
 
 from errors import UserError, run_script
@@ -27,15 +27,16 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
+import sweep
 import train_gpt2
 from model import GPT, GPTConfig, sample
 from recipe import PRESETS, TrainConfig
-from runtime.device import choose_device, choose_dtype, peak_memory, tune_malloc
+from runtime.device import choose_device, choose_dtype, peak_memory, sdpa_without_cudnn, tune_malloc
 from runtime.distributed import Distributed
 from runtime.files import write_json
 from runtime.options import option, output_file, parse_options
 from scoring import Scorer
-from sweep import SWEEPS, TEXT, SweepOptions, measure_variant, run_child, run_sweep
+from sweep import TEXT, ChildError, run_child
 from tokens import END_OF_TEXT, VOCAB_SIZE, gpt2_encoding
 from zero_shot import lambada
 
@@ -139,6 +140,7 @@ def multiply(args: "Options", name: str) -> float:
     return 2 * n**3 / median(durations[2:]) / flops_per_token
 
 
+@sdpa_without_cudnn()
 def time_generation(args: "Options", generate: Callable[[torch.Tensor, int], torch.Tensor]) -> float:
     """Return new tokens per second, four sequences at once: generate(idx, n) continues idx (4, 32) to (4, 32 + n)."""
     idx = torch.randint(VOCAB_SIZE, (4, 32), device=args.device)
@@ -229,15 +231,12 @@ BENCHMARKS = {
 }
 
 
-NAMES = *BENCHMARKS, *SWEEPS
-POSITIONAL, COUNT = dict(positional=True, metavar="NAME"), dict(low=1, high=1000, metavar="N")
-
-
 @dataclass(frozen=True)
-class Options(SweepOptions):
-    names: tuple[str, ...] = option((), f"some of {', '.join(NAMES)} (default: all but gpu, ladder)", **POSITIONAL)
-    repeats: int | None = option(None, "runs of each variant (default: 5; gpu, ladder: 1)", **COUNT)
+class Options:
+    names: tuple[str, ...] = option((), f"some of {', '.join(BENCHMARKS)}", positional=True, metavar="NAME")
+    repeats: int = option(5, "number of runs of each variant", low=1, high=1000, metavar="N")
     peer: Path | None = option(None, "a checkout of karpathy/build-nanogpt to measure, too", metavar="DIR")
+    device: str | torch.device = option("auto", "cpu, cuda, or auto for the fastest", metavar="DEVICE")
     json: Path | None = option(None, "write all figures to this file", type=output_file, metavar="FILE")
     variant: str | None = option(None, "in a child process: run this variant once and print its figure")
 
@@ -249,42 +248,34 @@ class Options(SweepOptions):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmarks, each variant in a child process, and print their tables. Raise UserError."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in sweep.SWEEPS:
+        return sweep.main(argv)
     args = Options(**parse_options(Options, argv, __doc__))
     names = args.names or tuple(BENCHMARKS)
-    if unknown := [name for name in names if name not in NAMES]:
-        raise UserError(f"{', '.join(unknown)}: no such benchmark; there are {', '.join(NAMES)}")
+    if unknown := [name for name in names if name not in BENCHMARKS]:
+        raise UserError(f"{', '.join(unknown)}: no such benchmark; there are {', '.join(BENCHMARKS)}")
     if args.peer and not os.path.isfile(args.peer / "train_gpt2.py"):
         raise UserError(f"--peer {args.peer}: there is no train_gpt2.py in it")
+    if args.variant and args.variant not in BENCHMARKS[names[0]]:
+        raise UserError(f"--variant {args.variant}: no such variant of {names[0]}")
     args = replace(args, device=torch.device(choose_device(args.device)))
     if args.variant:
         torch.manual_seed(0)
-        print(json.dumps(run_variant(args, names[0])))
+        print(json.dumps(BENCHMARKS[names[0]][args.variant](args, names[0])))
         return 0
-    status = 0
     print(f"{args.device}, {torch.get_num_threads()} threads, {args.dtype}, torch {torch.__version__}", flush=True)
     figures = dict(device=str(args.device), dtype=str(args.dtype), torch=torch.__version__)
     for name in names:
-        if name in SWEEPS:
-            status = max(status, run_sweep(args, name, SCRIPT, args.repeats or 1))
-            continue
         runs: dict[str, list[float]] = {variant: [] for variant in BENCHMARKS[name] if args.peer or variant != PEER}
-        for variant in tqdm([*runs] * (args.repeats or 5), desc=name, leave=False, disable=None):  # on a terminal
+        for variant in tqdm([*runs] * args.repeats, desc=name, leave=False, disable=None):  # on a terminal
             runs[variant].append(measure_in_child(args, name, variant))
         unit = dict(memory="GB", lambada="records/s").get(name, "tokens/s")
         print_table(name, unit, runs)
         figures[name] = dict(unit=unit, runs=runs)
     if args.json:
         write_json(args.json, figures)
-    return status
-
-
-def run_variant(args: Options, name: str) -> float | dict:
-    """In a child process: return the figure of a variant. Raise UserError."""
-    if name in SWEEPS:
-        return measure_variant(args, name, args.variant)
-    if args.variant not in BENCHMARKS[name]:
-        raise UserError(f"--variant {args.variant}: no such variant of {name}")
-    return BENCHMARKS[name][args.variant](args, name)
+    return 0
 
 
 def measure_in_child(args: Options, name: str, variant: str) -> float:
@@ -292,11 +283,10 @@ def measure_in_child(args: Options, name: str, variant: str) -> float:
     line = [sys.executable, SCRIPT, name, "--variant", variant, "--device", str(args.device)]
     if args.peer:
         line += ["--peer", str(args.peer)]
-    done = run_child(line)
-    if done.returncode:
-        reason = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise UserError(f"{name}, {variant}: {reason[-1]}", 1)
-    return json.loads(done.stdout.splitlines()[-1])
+    try:
+        return run_child(line)
+    except ChildError as e:
+        raise UserError(f"{name}, {variant}: {e}", 1) from None
 
 
 def print_table(name: str, unit: str, runs: dict[str, list[float]]) -> None:

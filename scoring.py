@@ -105,6 +105,7 @@ class Scorer:
         finite.
         """
         rows, n_cut = make_rows(examples, max_tokens or self.model.config.block_size + 1)  # the last is only a target
+        excluded = torch.tensor(excluded or [], dtype=torch.int64, device=self.device)
         batches = []
         while rows:  # rows of similar length together
             n = max(1, self.batch_tokens // len(rows[0]))
@@ -115,7 +116,7 @@ class Scorer:
         mine = batches[self.dist.rank :: self.dist.size]  # neighbors take similar time
         with oom_as_user_error(f"a batch of {self.batch_tokens:,} tokens", "a smaller --batch_tokens"):
             for batch in tqdm(mine, name, unit="batch", disable=not (name and self.dist.is_main), leave=False):
-                indices, found = self.score_batch(batch, excluded or [])
+                indices, found = self.score_batch(batch, excluded)
                 scores[:, indices] = found
         scores = self.dist.all_reduce(scores).cpu()
         if not scores.isfinite().all():
@@ -123,7 +124,7 @@ class Scorer:
             raise UserError(f"the model's log-probabilities in {dtype} are not finite", 3, agreed=True)
         return Scores(scores[0], scores[1] > 0, scores[2] > 0, lengths, n_cut)
 
-    def score_batch(self, rows: list[Row], excluded: list[int]) -> tuple[Tensor, Tensor]:
+    def score_batch(self, rows: list[Row], excluded: Tensor) -> tuple[Tensor, Tensor]:
         """Return the indices (n,) in Scores of the tokens of these rows' continuations, and what Scores holds of them:
         log-probability, whether it is the most likely token, and whether of the allowed ones, (3, n). On a GPU, nothing
         here waits for the device."""
@@ -161,7 +162,7 @@ class Scorer:
             logits = self.model.head(some_x)  # (piece, V)
             loss = F.cross_entropy(logits, some_target, reduction="none")
             greedy = allowed_greedy = is_argmax(logits, some_target)
-            if excluded:
+            if len(excluded):
                 logits[:, excluded] = -torch.inf
                 allowed_greedy = is_argmax(logits, some_target)
             found.append(torch.stack((-loss, greedy, allowed_greedy)))  # (3, piece)

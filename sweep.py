@@ -1,62 +1,71 @@
-"""Ways to train GPT-2 124M on a GPU, each in a process of its own: what `bench.py gpu` and `bench.py ladder` measure.
+"""Compare variants of training GPT-2 124M on a GPU, each in its own process: `bench.py gpu` and `bench.py ladder`.
+
+    python bench.py gpu                           possible improvements, at 524,288 tokens a step
+    python bench.py gpu --only default residual+loss --repeats 3
+    python bench.py ladder                        what each optimization adds: the lecture's table
+    python bench.py gpu ladder --device cpu       the same code with tiny, to try it out
 
 A variant is train_gpt2.py with some changes: options, environment variables, or a patch of its code. Before it is
-timed, its gradient is compared with that of the eager model in float32. On a CPU the same code runs with `tiny`.
+timed, its gradient is compared with that of the eager model in float32. docs/gpu.md explains the changes and the table.
 """
 
-from errors import UserError
+from errors import UserError, run_script
 import contextlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity
 from tqdm import tqdm
 
-import train_gpt2
 from data import inputs_and_targets
 from model import GPT, GPTConfig
-from runtime.device import peak_memory
-from runtime.options import option
+from recipe import PRESETS, TrainConfig
+from runtime.device import choose_device, peak_memory
+from runtime.options import option, parse_options
 from tokens import VOCAB_SIZE
+from train_gpt2 import Trainer, open_trainer
 
+SCRIPT = __file__  # what a child runs
 TEXT = Path(__file__).resolve().parent / "input.txt"
 MAX_GRADIENT_ERROR = 2e-2  # relative; bfloat16 rounds at 4e-3
 
 
-class Size(NamedTuple):
-    """What is trained: a step has grad_accum_steps micro-batches."""
+@dataclass(frozen=True)
+class Workload:
+    """What a variant trains, and for how long."""
 
     preset: str
     micro_batch_size: int
     grad_accum_steps: int
     steps: int
-    gate_sequences: int  # the gradient of so many is compared
+    gradient_sequences: int  # number of sequences in the comparison of gradients
 
 
-SIZES = {
-    "gpu": dict(cuda=Size("gpt2", 64, 8, 10, 64), cpu=Size("tiny", 2, 2, 3, 4)),
-    "ladder": dict(cuda=Size("gpt2", 16, 1, 10, 64), cpu=Size("tiny", 2, 1, 3, 4)),  # as in the lecture
+REHEARSAL = Workload("tiny", micro_batch_size=2, grad_accum_steps=2, steps=3, gradient_sequences=4)
+WORKLOADS = {
+    "gpu": Workload("gpt2", micro_batch_size=64, grad_accum_steps=8, steps=10, gradient_sequences=64),
+    "ladder": Workload("gpt2", micro_batch_size=16, grad_accum_steps=1, steps=10, gradient_sequences=64),
 }
 
 
-# -- Patches of the code: candidates for a faster step, and what the ladder takes away
+# -- Patches: possible improvements, and optimizations that the ladder removes
 
 
 def residual_in_16_bit() -> None:
-    """Cast once after the embeddings, so that the blocks add in autocast's precision. Master weights stay float32."""
+    """Cast once after the embeddings, so that the residual stream has 16 bit. Master weights stay float32."""
     init = GPT.__init__
 
     def cast(module, args, x: torch.Tensor) -> torch.Tensor:
@@ -71,7 +80,7 @@ def residual_in_16_bit() -> None:
 
 
 def padded_loss() -> None:
-    """Compute the loss over all rows of the padded vocabulary, with -inf for the padded ones: an aligned width."""
+    """Compute the loss over all padded logits, with -inf in the padded ones: their number is a multiple of 128."""
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         logits = F.linear(self.hidden(idx), self.transformer.wte.weight).float()  # (B, T, padded V)
@@ -85,7 +94,7 @@ def padded_loss() -> None:
 
 
 def larger_vocabulary() -> None:
-    """Let the padded rows be tokens, as build-nanogpt does."""
+    """Use all 50,304 logits in the softmax, as build-nanogpt does. The plan of a run reads this attribute."""
     GPTConfig.vocab_size = 50304
 
 
@@ -94,10 +103,11 @@ def no_cudnn() -> None:
 
 
 def no_tf32() -> None:
+    """Ignore what open_trainer sets."""
     torch.set_float32_matmul_precision = lambda precision: None
 
 
-def explicit_attention() -> None:
+def no_sdpa() -> None:
     """Compute attention with all T × T scores in memory."""
 
     def attention(q, k, v, mask=None, dropout_p=0.0, is_causal=False) -> torch.Tensor:  # noqa: PLR0913
@@ -111,11 +121,12 @@ def explicit_attention() -> None:
     F.scaled_dot_product_attention = attention
 
 
-def unpadded_vocabulary() -> None:
+def no_padding() -> None:
     GPTConfig.padded_vocab_size = property(lambda self: self.vocab_size)
 
 
-def unfused_adamw() -> None:
+def no_fused_adamw() -> None:
+    """Let PyTorch choose, which takes its implementation of several kernels."""
     adamw = torch.optim.AdamW
     torch.optim.AdamW = lambda groups, **options: adamw(groups, **options | dict(fused=None))
 
@@ -130,118 +141,130 @@ class Change:
     batch_factor: float = 1  # of the micro-batch; the total batch stays
 
 
-INDUCTOR = "TORCHINDUCTOR_"
-TUNE = {f"{INDUCTOR}COORDINATE_DESCENT_TUNING": "1", f"{INDUCTOR}MAX_AUTOTUNE_POINTWISE": "1"}
-ATEN = {f"{INDUCTOR}MAX_AUTOTUNE_GEMM": "1", f"{INDUCTOR}MAX_AUTOTUNE_GEMM_BACKENDS": "ATEN"}
 CHANGES = {
-    "reference": Change(options=dict(compile="off", dtype="float32"), patch=no_tf32),  # its gradient is compared with
+    "default": Change(),
     "eager": Change(options=dict(compile="off")),
     "nanogpt": Change(options=dict(compile="off"), patch=larger_vocabulary),
     "residual": Change(patch=residual_in_16_bit),
     "loss": Change(patch=padded_loss),
-    "flash": Change(patch=no_cudnn),
     "half_batch": Change(batch_factor=0.5),
     "double_batch": Change(batch_factor=2),
     "cublaslt": Change(environment={"TORCH_BLAS_PREFER_CUBLASLT": "1"}),
-    "tune": Change(environment=TUNE),
-    "aten": Change(environment=ATEN),
+    "aten": Change(
+        environment={"TORCHINDUCTOR_MAX_AUTOTUNE_GEMM": "1", "TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS": "ATEN"}
+    ),
+    "tune": Change(
+        environment={"TORCHINDUCTOR_COORDINATE_DESCENT_TUNING": "1", "TORCHINDUCTOR_MAX_AUTOTUNE_POINTWISE": "1"}
+    ),
+    # The cache of compiled graphs does not distinguish which attention they contain (pytorch issue 185449).
+    "no_cudnn": Change(environment={"TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}, patch=no_cudnn),
     "no_tf32": Change(patch=no_tf32),
-    "float32": Change(options=dict(dtype="float32")),
-    "explicit": Change(patch=explicit_attention),
-    "unpadded": Change(patch=unpadded_vocabulary),
-    "unfused": Change(patch=unfused_adamw),
-    "default": Change(),
+    "no_autocast": Change(options=dict(dtype="float32")),
+    "no_sdpa": Change(patch=no_sdpa),
+    "no_padding": Change(patch=no_padding),
+    "no_fused": Change(patch=no_fused_adamw),
 }
-# The ladder's first rung is without all of these; each further rung adds the first that is missing.
-RUNGS = "float32", "TF32", "bfloat16", "compiled", "flash attention", "padded vocabulary", "fused AdamW"
-REMOVED = "no_tf32", "float32", "eager", "explicit", "unpadded", "unfused"
-LADDER = {rung: "+".join(REMOVED[i:]) or "default" for i, rung in enumerate(RUNGS)}
-GPU = "nanogpt eager default residual residual+loss flash half_batch double_batch cublaslt tune aten".split()
-SWEEPS = dict(gpu={name: name for name in GPU}, ladder=LADDER)  # variants by name: changes joined by +
+REFERENCE = "no_tf32+no_autocast+eager"  # the gradients of the others are compared with this one's
+GPU = "default nanogpt eager residual residual+loss no_cudnn half_batch double_batch cublaslt aten tune".split()
+SWEEPS = {
+    "gpu": {variant: variant for variant in GPU},
+    # Each row adds one optimization: it is without one change of the row above.
+    "ladder": {
+        "float32": "no_tf32+no_autocast+eager+no_sdpa+no_padding+no_fused",
+        "TF32": "no_autocast+eager+no_sdpa+no_padding+no_fused",
+        "bfloat16": "eager+no_sdpa+no_padding+no_fused",
+        "compiled": "no_sdpa+no_padding+no_fused",
+        "flash attention": "no_padding+no_fused",
+        "padded vocabulary": "no_fused",
+        "fused AdamW": "default",
+    },
+}
+
+
+def find_changes(variant: str) -> list[Change]:
+    """Return the changes of a variant, whose names are joined by +. Raise UserError."""
+    names = variant.split("+")
+    if unknown := [name for name in names if name not in CHANGES]:
+        raise UserError(f"{unknown[0]}: no such change; choose from {', '.join(CHANGES)}, or join several with +")
+    return [CHANGES[name] for name in names]
 
 
 @dataclass(frozen=True)
-class SweepOptions:
-    """The options of bench.py for gpu and ladder."""
+class Options:
+    names: tuple[str, ...] = option((), f"some of {', '.join(SWEEPS)}", positional=True, metavar="NAME")
+    only: tuple[str, ...] = option((), "these variants: rows of the sweep, or changes joined by +", metavar="VARIANT")
+    repeats: int = option(1, "runs of each variant, in turn", low=1, high=1000, metavar="N")
+    micro_batch_size: int | None = option(None, "sequences at once (default: gpu 64, ladder 16)", low=1, metavar="N")
+    time_limit: float = option(240.0, "time limit of each variant, in seconds", low=1, high=1e6, metavar="S")
+    deadline: float = option(3600.0, "time limit of all variants together, in seconds", low=1, high=1e6, metavar="S")
+    results: Path | None = option(None, "append each result to this file, a line of JSON", metavar="FILE")
+    profile: Path | None = option(None, "write a trace of three steps of each variant here", metavar="DIR")
+    device: str = option("auto", "cuda, cpu, or auto for the fastest", metavar="DEVICE")
+    variant: str | None = option(None, "in a child process: measure this variant", metavar="VARIANT")
+    gradient: Path | None = option(None, "in a child process: file of the reference's gradient", metavar="FILE")
 
-    device: str | torch.device = option("auto", "cpu, cuda, or auto for the fastest", metavar="DEVICE")
-    only: tuple[str, ...] = option((), "gpu, ladder: these variants; changes joined by +", metavar="VARIANT")
-    micro_batch_size: int | None = option(None, "gpu, ladder: sequences at once (default: 64, 16)", low=1, metavar="N")
-    time_limit: float = option(100.0, "gpu, ladder: seconds for one variant", low=1, high=1e6, metavar="S")
-    deadline: float = option(3600.0, "gpu, ladder: seconds for all together", low=1, high=1e6, metavar="S")
-    results: Path | None = option(None, "gpu, ladder: add each result to this file, as JSON", metavar="FILE")
-    profile: Path | None = option(None, "gpu, ladder: write traces of three steps here", metavar="DIR")
-    gradient: Path | None = option(None, "in a child process: the gradient to compare with")
-
-    def size(self, sweep: str) -> Size:
-        size = SIZES[sweep][self.device.type]
-        return size._replace(micro_batch_size=self.micro_batch_size or size.micro_batch_size)
-
-
-def find_changes(joined: str) -> list[Change]:
-    """Return the changes of a variant, whose names are joined by +. Raise UserError."""
-    names = joined.split("+")
-    if unknown := [name for name in names if name not in CHANGES]:
-        raise UserError(f"{unknown[0]}: no such variant; there are {', '.join(CHANGES)}, and several joined by +")
-    return [CHANGES[name] for name in names]
+    def workload(self, sweep: str) -> Workload:
+        workload = REHEARSAL if self.device == "cpu" else WORKLOADS[sweep]
+        return replace(workload, micro_batch_size=self.micro_batch_size or workload.micro_batch_size)
 
 
 # -- In the child process
 
 
-def measure_variant(args: SweepOptions, sweep: str, changes: str) -> dict:
-    """Train with these changes; return speed, memory, the error of the gradient, and where the time went. The
-    reference only writes its gradient."""
-    size, chosen = args.size(sweep), find_changes(changes)
-    options = dict(preset=size.preset, data=TEXT, device=args.device.type, compile="on")
-    for change in chosen:
+@contextlib.contextmanager
+def open_variant(args: Options, workload: Workload) -> Iterator[Trainer]:
+    """Apply the changes of a variant, which last as long as the process; yield its trainer. Raise UserError."""
+    options = dict(preset=workload.preset, data=TEXT, device=args.device, compile="on")
+    B, seq_len = workload.micro_batch_size, TrainConfig(**PRESETS[workload.preset]).seq_len
+    options["total_batch_size"] = B * workload.grad_accum_steps * seq_len
+    for change in find_changes(args.variant):
         options |= change.options
+        B = max(1, int(B * change.batch_factor))
         if change.patch:
             change.patch()
-    seq_len = train_gpt2.PRESETS[size.preset].get("seq_len", 1024)
-    options["total_batch_size"] = size.micro_batch_size * size.grad_accum_steps * seq_len
-    options["micro_batch_size"] = int(size.micro_batch_size * math.prod(c.batch_factor for c in chosen))
-    argv = ["--dry_run", *(f"--{name}={value}" for name, value in options.items())]
-    with contextlib.redirect_stdout(sys.stderr), train_gpt2.open_trainer(argv) as trainer:
-        if changes == "reference":
-            torch.save((weights(trainer), compute_gradient(trainer, size.gate_sequences)), args.gradient)
-            return {}
-        error = compare_gradient(trainer, args.gradient, size.gate_sequences)
-        ends = []
-        for _ in range(size.steps + 2):  # the first ends the warm-up
-            trainer.train_step()
-            ends.append(time.perf_counter())
-        durations = [end - start for start, end in zip(ends[1:], ends[2:], strict=False)]
-        memory = peak_memory(trainer.dist.device) / 1e9
-        found = profile_steps(trainer, args.profile and args.profile / f"{changes}.json")
-        config, B = trainer.config, trainer.config.micro_batch_size
-    speed = config.total_batch_size / median(durations)
-    result = dict(tokens_per_second=speed, seconds=durations, peak_memory_gb=memory, gradient_error=error)
-    return result | found | dict(micro_batch_size=B, dtype=config.dtype, compile=config.compile)
+    argv = [f"--{name}={value}" for name, value in options.items()]
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        open_trainer(["--dry_run", f"--micro_batch_size={B}", *argv]) as trainer,
+    ):
+        if trainer.config.compile != options["compile"]:
+            raise UserError("could not be compiled", 1)
+        yield trainer
 
 
-def weights(trainer: train_gpt2.Trainer) -> dict[str, torch.Tensor]:
+def write_reference(args: Options, workload: Workload) -> None:
+    """Write weights and gradient of the reference."""
+    with open_variant(args, workload) as trainer:
+        gradient = compute_gradient(trainer, workload.gradient_sequences)
+        torch.save((unpadded_weights(trainer), gradient), args.gradient)
+
+
+def measure_variant(args: Options, workload: Workload) -> dict:
+    """Train; return speed, peak memory, the error of the gradient, and where the time went. Raise UserError."""
+    with open_variant(args, workload) as trainer:
+        error = compare_gradient(trainer, args.gradient, workload.gradient_sequences)
+        seconds = [trainer.train_step().seconds for _ in range(workload.steps + 2)][2:]  # after two to warm up
+        config = trainer.config
+        return dict(
+            tokens_per_second=config.total_batch_size / median(seconds),
+            seconds=seconds,
+            peak_memory_gb=peak_memory(trainer.dist.device) / 1e9,
+            gradient_error=error,
+            **{name: getattr(config, name) for name in ("micro_batch_size", "dtype", "compile", "recompute")},
+            **profile_steps(trainer, args),
+        )
+
+
+def unpadded_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Return the parameters without the rows that pad the vocabulary, whose number differs between variants."""
     return {name: p.detach()[:VOCAB_SIZE] for name, p in trainer.raw_model.named_parameters()}
 
 
-def compare_gradient(trainer: train_gpt2.Trainer, file: Path, n: int) -> float:
-    """Return the relative error of the gradient of n sequences, with the weights of the file. Raise UserError."""
-    expected_weights, expected = torch.load(file, map_location=trainer.dist.device, weights_only=True)
-    for name, p in weights(trainer).items():
-        p.copy_(expected_weights[name])
-    gradient = compute_gradient(trainer, n)
-    squares = [((gradient[name] - t).square().sum(), t.square().sum()) for name, t in expected.items()]
-    error = math.sqrt(sum(difference for difference, _ in squares) / sum(total for _, total in squares))
-    if not error <= MAX_GRADIENT_ERROR:  # nan, too
-        raise UserError(f"the gradient differs by {error:.1e} from that in float32, more than {MAX_GRADIENT_ERROR}", 1)
-    return error
-
-
-def compute_gradient(trainer: train_gpt2.Trainer, n: int) -> dict[str, torch.Tensor]:
-    """Return the gradient of the mean loss of n sequences, in float32, by the names of the parameters."""
+def compute_gradient(trainer: Trainer, n: int) -> dict[str, torch.Tensor]:
+    """Return the gradient of the mean loss of n sequences, without padded rows, by the names of the parameters."""
     B = trainer.config.micro_batch_size
-    rows = trainer.train_loader.rows(0, n).repeat(math.ceil(B / n), 1)  # of equal rows, the mean is the same
+    # A compiled model takes B sequences. If that is more than n, repeat them: the mean stays the same.
+    rows = trainer.train_loader.rows(0, n).repeat(math.ceil(B / n), 1)
     for some_rows in rows.split(B):
         x, y = inputs_and_targets(some_rows, trainer.dist.device)
         with trainer.autocast:
@@ -253,103 +276,163 @@ def compute_gradient(trainer: train_gpt2.Trainer, n: int) -> dict[str, torch.Ten
     return gradient
 
 
-def profile_steps(trainer: train_gpt2.Trainer, trace: Path | None) -> dict:
+def compare_gradient(trainer: Trainer, reference: Path, n: int) -> float:
+    """Take the reference's weights; return the relative error of the gradient there. Raise UserError."""
+    weights, expected = torch.load(reference, map_location=trainer.dist.device, weights_only=True)
+    for name, p in unpadded_weights(trainer).items():  # they were drawn for another vocabulary
+        p.copy_(weights[name])
+    gradient = compute_gradient(trainer, n)
+    difference = sum((gradient[name] - t).square().sum() for name, t in expected.items())
+    error = math.sqrt(difference / sum(t.square().sum() for t in expected.values()))
+    if math.isnan(error) or error > MAX_GRADIENT_ERROR:
+        raise UserError(f"the gradient differs by {error:.1e} from that in float32, more than {MAX_GRADIENT_ERROR}", 1)
+    return error
+
+
+def profile_steps(trainer: Trainer, args: Options) -> dict:
     """Profile a step, or three for a trace; return which attention ran, and the kernels that took most of the time."""
-    cuda = trainer.dist.device.type == "cuda"
+    steps, cuda = 3 if args.profile else 1, args.device == "cuda"
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
-    steps = 3 if trace else 1
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(steps):
             trainer.train_step()
         if cuda:
             torch.cuda.synchronize()
-    if trace:
-        trace.parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(trace))
-    events, prefix = profiler.key_averages(), "aten::_scaled_dot_product_"
-    attention = {e.key.removeprefix(prefix) for e in events if e.key.startswith(prefix) and "backward" not in e.key}
-    kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
-    field = "self_device_time_total" if cuda else "self_cpu_time_total"
-    times = {e.key: getattr(e, field) for e in events if e.device_type == kind and not e.is_user_annotation}
+    if args.profile:
+        args.profile.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(args.profile / f"{args.variant.replace('+', '-')}.json.gz"))
+    events = profiler.key_averages()
+    attention = {
+        m[1] for e in events if (m := re.fullmatch("aten::_scaled_dot_product_(.*)_attention(_for_cpu)?", e.key))
+    }
+    device_type = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    times = {}
+    for e in events:
+        if e.device_type == device_type and not e.is_user_annotation:
+            times[e.key] = e.self_device_time_total if cuda else e.self_cpu_time_total  # in microseconds
+    top = sorted(times, key=times.get, reverse=True)[:12]
     total = sum(times.values())
-    top = sorted(times.items(), key=lambda item: -item[1])[:12]
-    kernels = [dict(name=key, ms=t / steps / 1e3, fraction=t / total) for key, t in top]
+    kernels = [dict(name=key, ms=times[key] / steps / 1e3, fraction=times[key] / total) for key in top]
     return dict(attention=" and ".join(sorted(attention)) or "explicit", kernels=kernels)
 
 
 # -- In the parent process
 
 
-def run_child(
-    line: list[str], timeout: float | None = None, environment: dict[str, str] | None = None
-) -> subprocess.CompletedProcess:
-    """Run a command in a process group of its own, and kill what is left of that at the end, at the timeout, or at
-    Ctrl-C. Raise TimeoutExpired."""
+class ChildError(Exception):
+    """A child that gave no result: why, and the end of its stderr."""
+
+    def __init__(self, reason: str, stderr: str):
+        super().__init__(reason)
+        self.stderr = stderr.splitlines()[-40:]
+
+
+def run_child(command: list, timeout: float | None = None, environment: dict | None = None):
+    """Run a command in its own session; return the last line of its output, which is JSON. Kill the session when the
+    command ends, at the timeout, and at Ctrl-C. Raise ChildError."""
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True)
-    with subprocess.Popen(line, env=os.environ | (environment or {}), **options) as child:
+    with subprocess.Popen([*map(str, command)], env=os.environ | (environment or {}), **options) as child:
         try:
             stdout, stderr = child.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            kill_session(child)
+            raise ChildError(f"no result after {timeout:.0f} s", child.communicate()[1]) from None
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-    return subprocess.CompletedProcess(line, child.returncode, stdout, stderr)
+            kill_session(child)
+    if child.returncode:
+        lines = stderr.strip().splitlines() or [f"exit status {child.returncode}"]
+        # PyTorch prints hints after the line that names the error.
+        named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Failed|OutOfResources)\b.*:", line)]
+        last = lines[-1] if ": error: " in lines[-1] or not named else named[-1]
+        raise ChildError(last, stderr)
+    return json.loads(stdout.splitlines()[-1])
 
 
-def measure_in_child(args: SweepOptions, line: list[str], changes: str, timeout: float) -> dict:
-    """Measure a variant in a child process; return its result, or why there is none."""
-    environment = {key: value for change in find_changes(changes) for key, value in change.environment.items()}
-    try:
-        done = run_child([*line, "--variant", changes], timeout, environment)
-    except subprocess.TimeoutExpired:
-        return dict(error=f"no result after {timeout:.0f} s")
-    if done.returncode:
-        return dict(error=(done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
-    return json.loads(done.stdout.splitlines()[-1])
+def kill_session(child: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
-def run_sweep(args: SweepOptions, sweep: str, script: str, repeats: int) -> int:
-    """Measure the variants of a sweep in turn, and print each result when it comes; return the exit status."""
+def run_sweep(args: Options, sweep: str, deadline: float) -> bool:
+    """Measure the variants of a sweep in turn, up to a point in time; print each result when it comes. Return whether
+    all have one. Raise UserError."""
     variants = {name: SWEEPS[sweep].get(name, name) for name in args.only or SWEEPS[sweep]}
-    for changes in variants.values():
-        find_changes(changes)  # raises before anything has run
-    size, started, failed, fastest, baseline = args.size(sweep), time.monotonic(), False, {}, None
-    gpu = f", {torch.cuda.get_device_name(args.device)}" if args.device.type == "cuda" else ""
-    print(f"\n{sweep}: {size.preset}, {size.grad_accum_steps} × {size.micro_batch_size} sequences a step{gpu}")
-    print(
-        f"  {'variant':18} {'tokens/s':>9} {'ratio':>6} {'GB':>6} {'gradient':>9} {'batch':>6}  attention", flush=True
-    )
+    for variant in variants.values():
+        find_changes(variant)  # raises before anything has run
+    workload, results = args.workload(sweep), []
+    gpu = f", {torch.cuda.get_device_name()}" if args.device == "cuda" else ""
+    batch = f"{workload.grad_accum_steps} × {workload.micro_batch_size} sequences a step"
+    print(f"\n{sweep}: {workload.preset}, {batch}{gpu}, torch {torch.__version__}")
+    print(HEADER, flush=True)
     with tempfile.TemporaryDirectory() as directory:
-        line = [sys.executable, script, sweep, "--device", str(args.device), "--gradient", f"{directory}/gradient.pt"]
-        line += ["--micro_batch_size", str(size.micro_batch_size)]
-        line += ["--profile", str(args.profile)] if args.profile else []
-        runs = [("reference", "reference"), *[*variants.items()] * repeats]
-        for name, changes in tqdm(runs, desc=sweep, unit="variant", leave=False, disable=None):
-            left = args.deadline - (time.monotonic() - started)
-            if left < 1:
-                result = dict(error=f"not run: the deadline of {args.deadline:g} s has passed")
-            else:
-                result = measure_in_child(args, line, changes, min(left, args.time_limit))
-            result = dict(sweep=sweep, variant=name, changes=changes) | result
-            failed |= "error" in result
+        command = [sys.executable, SCRIPT, sweep, "--device", args.device, "--gradient", f"{directory}/gradient.pt"]
+        command += ["--micro_batch_size", workload.micro_batch_size]
+        command += ["--profile", args.profile] if args.profile else []
+        runs = [("reference", REFERENCE), *[*variants.items()] * args.repeats]
+        for name, variant in tqdm(runs, desc=sweep, unit="variant", leave=False, disable=None):
+            limit = min(args.time_limit, deadline - time.monotonic())
+            result = dict(sweep=sweep, name=name, variant=variant) | measure_in_child(command, name, variant, limit)
+            results.append(result)
             if args.results:
                 with open(args.results, "a", encoding="utf-8") as file:
                     file.write(json.dumps(result) + "\n")
-            if "tokens_per_second" in result:
-                baseline = baseline or result["tokens_per_second"]
-                fastest = max(fastest, result, key=lambda r: r.get("tokens_per_second", 0))
-            tqdm.write(result_line(result, baseline))
-            if result["changes"] == "reference" and "error" in result:
+            tqdm.write(row(result, results))
+            sys.stdout.flush()
+            if name == "reference" and "error" in result:
                 raise UserError(f"{sweep}: without the reference there is nothing to compare gradients with", 1)
+    fastest = max(results, key=lambda result: result.get("tokens_per_second", 0))
     for kernel in fastest.get("kernels", []):
         print(f"  {kernel['ms']:10.2f} ms  {kernel['fraction']:6.1%}  {kernel['name'][:55]}")
-    return 1 if failed else 0
+    return not any("error" in result for result in results)
 
 
-def result_line(result: dict, baseline: float | None) -> str:
+def measure_in_child(command: list, name: str, variant: str, limit: float) -> dict:
+    """Run a variant, or the reference; return its result, or why there is none."""
+    if limit < 1:
+        return dict(error="not run: the deadline has passed")
+    environment = {key: value for change in find_changes(variant) for key, value in change.environment.items()}
+    try:
+        return run_child([*command, "--variant", name if name == "reference" else variant], limit, environment)
+    except ChildError as e:
+        return dict(error=str(e), stderr=e.stderr)
+
+
+HEADER = f"  {'variant':18} {'tokens/s':>9} {'ratio':>6} {'GB':>6} {'gradient':>9} {'batch':>6}  attention"
+
+
+def row(result: dict, results: list[dict]) -> str:
     """Return a row of the table: speed, also relative to the first variant's, peak memory, error of the gradient,
     micro-batch size, attention."""
+    name = f"  {result['name']:18}"
+    if "error" in result:
+        return f"{name} {result['error']}"
     if "tokens_per_second" not in result:
-        return f"  {result['variant']:18} {result.get('error', 'its gradient is written')}"
-    speed, attention = result["tokens_per_second"], result["attention"].replace("_attention", "")
+        return f"{name} gradient written"
+    speed, first = result["tokens_per_second"], results[1].get("tokens_per_second")  # after the reference
+    ratio = f"{speed / first:6.2f}" if first else f"{'–':>6}"
     numbers = f"{result['peak_memory_gb']:6.1f} {result['gradient_error']:9.0e} {result['micro_batch_size']:6}"
-    return f"  {result['variant']:18} {speed:9,.0f} {speed / baseline:6.2f} {numbers}  {attention}"
+    return f"{name} {speed:9,.0f} {ratio} {numbers}  {result['attention']}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run sweeps, or in a child process one of their variants. Return 1 if a variant has no result. Raise UserError."""
+    started = time.monotonic()
+    args = Options(**parse_options(Options, argv, __doc__))
+    if unknown := [name for name in args.names if name not in SWEEPS]:
+        raise UserError(f"{unknown[0]}: no such sweep; there are {', '.join(SWEEPS)}")
+    args = replace(args, device=choose_device(args.device))
+    if args.device not in ("cuda", "cpu"):
+        raise UserError(f"--device {args.device}: the sweeps need cuda, or cpu to try them out")
+    if args.variant == "reference":
+        write_reference(replace(args, variant=REFERENCE), args.workload(args.names[0]))
+        print("{}")
+        return 0
+    if args.variant:
+        print(json.dumps(measure_variant(args, args.workload(args.names[0]))))
+        return 0
+    complete = [run_sweep(args, name, started + args.deadline) for name in args.names or SWEEPS]
+    return 0 if all(complete) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -30,6 +30,7 @@ from recipe import PRESETS, TrainConfig, learning_rate
 from runtime import checkpoint, sharding
 from runtime.device import (
     classify_error,
+    disable_cudnn_sdp,
     oom_as_user_error,
     peak_flops,
     peak_memory,
@@ -342,9 +343,9 @@ class Trainer:
             return None
 
     def compile_and_fit(self) -> None:
-        """Compile, wrap in DDP and run a probe step. Out of memory, halve the micro-batch, then recompute activations;
-        run without cuDNN's attention, or eager, if that fails. No rank waits for another in a probe; they agree on its
-        outcome afterwards."""
+        """Compile, wrap in DDP and run a probe step. Out of memory, halve the micro-batch, then recompute activations.
+        If cuDNN's attention fails, disable it; if compiling fails, run eager. No rank waits for another in a probe;
+        they agree on its outcome afterwards."""
         config, dist = self.config, self.dist
         B, compiled, recompute = config.micro_batch_size, config.compile == "on", config.recompute == "on"
         self.model = self.wrap_model(self.raw_model, compiled)
@@ -352,9 +353,9 @@ class Trainer:
             problem, message = self.probe(B, compiled)
             out_of_memory, cudnn, compiler = dist.sum_scalars(*(problem == p for p in ("memory", "cudnn", "compiler")))
             if cudnn:
-                torch.backends.cuda.enable_cudnn_sdp(False)
-                torch._dynamo.reset()
-                self.log.print(f"no cuDNN attention: {message if problem == 'cudnn' else 'failed on another rank'}")
+                disable_cudnn_sdp()
+                reason = message if problem == "cudnn" else "on another rank"
+                self.log.print(f"no cuDNN attention, it failed: {reason}")
             elif compiler:
                 compiled = False
                 reason = message if problem == "compiler" else "on another rank"
@@ -376,8 +377,9 @@ class Trainer:
         if dist.size > 1 and not self.sharded:
             # After its first step with communication, DDP rebuilds its buckets, and with them the order in which
             # gradients are summed. Do that step here, so that all steps of a run, resumed or not, use the same order.
-            if self.probe(B, compiled, communicate=True)[0] == "memory":
-                raise UserError("out of memory in the first communication: try a smaller --micro_batch_size")
+            problem, message = self.probe(B, compiled, communicate=True)
+            if problem:
+                raise UserError(f"the first communication failed: {message}; try a smaller --micro_batch_size")
         # From here on self.config, and no longer the plan, has what is used.
         on = {True: "on", False: "off"}
         self.config = replace(config, micro_batch_size=B, compile=on[compiled], recompute=on[recompute])

@@ -67,17 +67,14 @@ class Writer:
         self.writing: Future | None = None
 
     def start(self, config: GPTConfig, weights: dict, state: dict, record: dict, logs: dict[str, bytes]) -> None:
-        """Write a checkpoint in the thread, after the last one is written. Nothing may change the tensors any more."""
-        tree = dict(weights=weights, state=state)
-        on_gpu = any(t.is_cuda for t in weights.values())
-        copied = torch.cuda.current_stream().record_event() if on_gpu else None  # when they are what they should be
-        self.writing = self.pool.submit(self.write, config, tree, copied, logs, record)
+        """Write a checkpoint in the thread, after the one before. Nothing may change the tensors any more."""
+        self.writing = self.pool.submit(self.write, config, dict(weights=weights, state=state), record, logs)
 
-    def write(self, config: GPTConfig, tree: dict, copied: torch.cuda.Event | None, logs: dict, record: dict) -> None:
+    def write(self, config: GPTConfig, tree: dict, record: dict, logs: dict[str, bytes]) -> None:
         """Write a checkpoint, then delete old ones."""
         with oom_as_user_error("the copy that a checkpoint is written from"):
-            on_cpu = copy_to_cpu(tree, copied)
-        tree.clear()  # frees the GPU's memory
+            on_cpu = copy_to_cpu(tree)
+        tree.clear()  # the last references to copies on a GPU
         model = GPT.from_weights(config, on_cpu["weights"])
         directory = save(self.log_dir, model, on_cpu["state"], logs, record)
         self.print_line(f"step {record['step']}: saved {directory}")

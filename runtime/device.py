@@ -10,16 +10,17 @@ from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 # Floating-point operations of a run above which torch.compile saves more time than it takes. Compiling takes a minute
 # on a GPU and half a minute on a CPU. It then saves a third of the time on a GPU, up to 15% on a CPU (124M: nothing).
 COMPILE_PAYS = dict(cuda=5e16, cpu=1.5e14)
 
-# Dense matrix peak in 16 bit with float32 accumulation, FLOP/s, from the vendors' data sheets, by patterns of names. Of
-# GeForce cards it is 512 × streaming multiprocessors × boost clock, for example 128 × 2.52 GHz for an RTX 4090.
+# Dense matrix peak in 16 bit with float32 accumulation, FLOP/s, from the vendors' data sheets. The first pattern that
+# matches the name counts; $ excludes laptops. Of GeForce cards it is 512 × streaming multiprocessors × boost clock, for
+# example 128 × 2.52 GHz for an RTX 4090.
 PEAK_FLOPS = {
-    "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200": 989e12,
+    "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200 NVL": 835e12, "H200": 989e12,
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "A10G": 70e12, "A10": 125e12,
     "A40": 149.7e12, "L40S": 362e12, "L4": 121e12, "V100-SXM2": 125e12, "T4": 65e12,
     "RTX 5090$": 209.5e12, "RTX 5080$": 112.6e12, "RTX 5070 Ti$": 87.9e12, "RTX 5070$": 61.7e12,
@@ -99,23 +100,22 @@ def peak_memory(device: torch.device) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def memory_beside_training(device: torch.device) -> float:
-    """Return the bytes of a GPU's memory that were free even at this process's peak so far."""
+def free_memory_at_peak(device: torch.device) -> float:
+    """Return the bytes of a GPU's memory that were free when this process used the most of it."""
+    # What PyTorch has reserved is not free, but it is there for new tensors.
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - peak_memory(device)
 
 
-def copy_to_cpu(tree, copied: torch.cuda.Event | None):
-    """Return the tree with its tensors on the CPU. From a GPU they are copied after the event, on a stream of their
-    own: the calling thread waits for the copies, but no kernel that another thread has started does."""
-    if copied is None:
-        return tree_map_only(torch.Tensor, lambda t: t.cpu(), tree)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        copied.wait()
+def copy_to_cpu(tree):
+    """Return the tree with its tensors on the CPU. Copies from a GPU run on their own stream: only the calling thread
+    waits for them, and the kernels of other threads continue."""
+    on_gpu = any(t.is_cuda for t in tree_leaves(tree) if torch.is_tensor(t))
+    with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else contextlib.nullcontext():
         return tree_map_only(torch.Tensor, lambda t: t.cpu(), tree)
 
 
 def is_out_of_memory(e: Exception) -> bool:
-    """Return whether this is a device's way to say so."""
+    """Return whether the error means that a device is out of memory."""
     return isinstance(e, torch.OutOfMemoryError | MemoryError) or any(
         text in str(e) for text in ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     )
@@ -125,16 +125,26 @@ def classify_error(e: Exception) -> str | None:
     """Return what has failed in a probe step: memory, cudnn, compiler; None if it is none of these."""
     if is_out_of_memory(e):
         return "memory"
-    if "cuDNN" in str(e) and torch.backends.cuda.cudnn_sdp_enabled():  # no plan for this attention, for example
+    if "cuDNN" in str(e) and torch.backends.cuda.cudnn_sdp_enabled():  # for example, it has no plan for this shape
         return "cudnn"
-    # What a compiled kernel raises when it runs is no TorchDynamoException.
+    # Errors of compiled kernels at run time are not TorchDynamoExceptions.
     at_run_time = type(e).__module__.startswith(("triton.", "torch._inductor."))
-    return "compiler" if at_run_time or isinstance(e, torch._dynamo.exc.TorchDynamoException) else None
+    if at_run_time or isinstance(e, torch._dynamo.exc.TorchDynamoException):
+        return "compiler"
+    return None
+
+
+def disable_cudnn_sdp() -> None:
+    """Do without cuDNN's attention from now on, and compile anew what has been compiled with it."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch._dynamo.reset()
+    # The cache on the disk does not distinguish which attention a graph contains (pytorch issue 185449).
+    torch._functorch.config.enable_autograd_cache = False
 
 
 def sdpa_without_cudnn() -> contextlib.AbstractContextManager:
-    """Leave out cuDNN's attention, for shapes that vary: it makes a plan for each, in 0.06 to 0.4 s. (A context manager
-    and decorator.)"""
+    """Return a context manager, also a decorator, without cuDNN's attention: for shapes that vary, as cuDNN makes a
+    plan for each, in 0.06 to 0.4 s."""
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 

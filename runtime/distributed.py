@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from runtime.device import memory_beside_training, oom_as_user_error
+from runtime.device import free_memory_at_peak, oom_as_user_error
 
 
 class Distributed:
@@ -153,18 +153,21 @@ class Distributed:
         return tree_map_only(torch.Tensor, send, tree if self.is_main else shapes)
 
     def gather_tree(self, tree):
-        """Return a copy of the tree; on all but the main rank, a tree of None. DTensors are gathered one by one, on the
-        CPU. Other tensors are copied on their device, which takes milliseconds, if its memory suffices, else there,
-        too."""
+        """Return a copy of the tree on the main rank, and a tree of None on the others. Gather DTensors to the CPU, one
+        by one. Copy other tensors on a GPU where they fit, which takes milliseconds, otherwise to the CPU."""
+
+        def copy(tensor: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor | None:
+            if hasattr(tensor, "full_tensor"):
+                tensor, device = tensor.full_tensor(), "cpu"
+            return tensor.detach().to(device, copy=True) if self.is_main else None
+
         size = sum(t.nbytes for t in tree_leaves(tree) if torch.is_tensor(t))
-        roomy = self.device.type == "cuda" and 2 * size < memory_beside_training(self.device)
-
-        def copy(tensor: torch.Tensor) -> torch.Tensor | None:
-            gathers = hasattr(tensor, "full_tensor")
-            whole = tensor.full_tensor() if gathers else tensor
-            device = tensor.device if roomy and not gathers else "cpu"
-            return whole.detach().to(device, copy=True) if self.is_main else None
-
+        # They stay while training continues, and memory may be in pieces: half of it must suffice.
+        if self.device.type == "cuda" and size < free_memory_at_peak(self.device) / 2:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                copies = tree_map_only(torch.Tensor, lambda t: copy(t, t.device), tree)
+                torch.cuda.synchronize()
+                return copies
         with oom_as_user_error("the copy that a checkpoint is written from"):
             return tree_map_only(torch.Tensor, copy, tree)
 
