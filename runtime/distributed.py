@@ -153,19 +153,19 @@ class Distributed:
         return tree_map_only(torch.Tensor, send, tree if self.is_main else shapes)
 
     def gather_tree(self, tree):
-        """Return a copy of the tree on the main rank, and a tree of None on the others. Gather DTensors to the CPU, one
-        by one. Copy other tensors on a GPU where they fit, which takes milliseconds, otherwise to the CPU."""
+        """Return a copy of the tree on the main rank, and a tree of None on the others. It is on the CPU, and DTensors
+        are gathered there, one by one. Without DTensors it stays on a GPU, if it fits: that copy takes milliseconds."""
 
-        def copy(tensor: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor | None:
-            if hasattr(tensor, "full_tensor"):
-                tensor, device = tensor.full_tensor(), "cpu"
-            return tensor.detach().to(device, copy=True) if self.is_main else None
+        def copy(tensor: torch.Tensor) -> torch.Tensor | None:
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            return whole.detach().to("cpu", copy=True) if self.is_main else None
 
-        size = sum(t.nbytes for t in tree_leaves(tree) if torch.is_tensor(t))
-        # They stay while training continues, and memory may be in pieces: half of it must suffice.
-        if self.device.type == "cuda" and size < free_memory_at_peak(self.device) / 2:
+        tensors = [t for t in tree_leaves(tree) if torch.is_tensor(t)]
+        on_gpu = self.device.type == "cuda" and not any(hasattr(t, "full_tensor") for t in tensors)
+        # The copy stays while training continues, and free memory may be in pieces: half of it must suffice.
+        if on_gpu and sum(t.nbytes for t in tensors) < free_memory_at_peak(self.device) / 2:
             with contextlib.suppress(torch.OutOfMemoryError):
-                copies = tree_map_only(torch.Tensor, lambda t: copy(t, t.device), tree)
+                copies = tree_map_only(torch.Tensor, lambda t: t.detach().clone() if self.is_main else None, tree)
                 torch.cuda.synchronize()
                 return copies
         with oom_as_user_error("the copy that a checkpoint is written from"):

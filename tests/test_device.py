@@ -10,7 +10,7 @@ import hellaswag
 import sample
 from conftest import ROOT, SMALL, run_in_process, run_ranks, with_fault
 from model import GPT, GPTConfig
-from runtime import device
+from runtime import device, distributed
 from runtime.distributed import Distributed
 from scoring import Example, Scorer, ScoringOptions, make_rows
 
@@ -156,3 +156,27 @@ def test_peaks_of_geforce_cards_follow_from_their_clocks():
     cards |= {"RTX 4060": (24, 2.46), "RTX 3090": (82, 1.695), "RTX 3080 Ti": (80, 1.665), "RTX 3060": (28, 1.777)}
     for name, (processors, clock) in cards.items():
         assert device.PEAK_FLOPS[f"{name}$"] == pytest.approx(512e9 * processors * clock, rel=0.002)
+
+
+@pytest.mark.parametrize("room, out_of_memory", [(10**9, False), (10**9, True), (30_000, False)])
+def test_checkpoint_is_copied_on_a_gpu_where_it_fits(monkeypatch, room, out_of_memory):
+    """The state takes 20,000 bytes. In place of a GPU's tensors there are those of a CPU."""
+    cloned, clone = [], torch.Tensor.clone
+
+    def recorded_clone(tensor):
+        cloned.append(tensor)
+        if out_of_memory and len(cloned) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return clone(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "clone", recorded_clone)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(distributed, "free_memory_at_peak", lambda device: room)
+    ranks = Distributed()
+    ranks.device = torch.device("cuda")
+    tree = {name: torch.arange(2500.0) for name in ("weights", "state")}
+    copies = ranks.gather_tree(tree)
+    assert len(cloned) == (2 if room > 40_000 else 0)
+    for name, tensor in tree.items():
+        tensor += 1
+        assert torch.equal(copies[name], torch.arange(2500.0))
