@@ -1,6 +1,6 @@
 """Measure speed as ratios: run each variant in its own process, all in turn, several times; print the medians.
 
-    python bench.py                    all benchmarks
+    python bench.py                    all benchmarks but gpu and ladder
     python bench.py small 124M         training: tokens per second
     python bench.py memory generate    GPT-2 124M: peak memory of training, tokens per second of generation
     python bench.py optimizer          what Muon adds to a step of small

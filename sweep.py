@@ -27,20 +27,20 @@ from statistics import median
 
 import torch
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity
 from tqdm import tqdm
 
 from data import inputs_and_targets
 from model import GPT, GPTConfig
 from recipe import PRESETS, TrainConfig
 from runtime.device import choose_device, peak_memory
-from runtime.options import option, parse_options
+from runtime.options import option, output_file, parse_options
 from tokens import VOCAB_SIZE
 from train_gpt2 import Trainer, open_trainer
 
 SCRIPT = __file__  # what a child runs
 TEXT = Path(__file__).resolve().parent / "input.txt"
 MAX_GRADIENT_ERROR = 2e-2  # relative; bfloat16 rounds at 4e-3
+RECORDED = "preset", "total_batch_size", "micro_batch_size", "dtype", "compile", "recompute"  # in the results
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Options:
     micro_batch_size: int | None = option(None, "sequences at once (default: gpu 64, ladder 16)", low=1, metavar="N")
     time_limit: float = option(240.0, "time limit of each variant, in seconds", low=1, high=1e6, metavar="S")
     deadline: float = option(3600.0, "time limit of all variants together, in seconds", low=1, high=1e6, metavar="S")
-    results: Path | None = option(None, "append each result to this file, a line of JSON", metavar="FILE")
+    results: Path | None = option(None, "append each result to this file, as JSON", type=output_file, metavar="FILE")
     profile: Path | None = option(None, "write a trace of three steps of each variant here", metavar="DIR")
     device: str = option("auto", "cuda, cpu, or auto for the fastest", metavar="DEVICE")
     variant: str | None = option(None, "in a child process: measure this variant", metavar="VARIANT")
@@ -250,7 +250,7 @@ def measure_variant(args: Options, workload: Workload) -> dict:
             seconds=seconds,
             peak_memory_gb=peak_memory(trainer.dist.device) / 1e9,
             gradient_error=error,
-            **{name: getattr(config, name) for name in ("micro_batch_size", "dtype", "compile", "recompute")},
+            **{name: getattr(config, name) for name in RECORDED},
             **profile_steps(trainer, args),
         )
 
@@ -292,15 +292,11 @@ def compare_gradient(trainer: Trainer, reference: Path, n: int) -> float:
 def profile_steps(trainer: Trainer, args: Options) -> dict:
     """Profile a step, or three for a trace; return which attention ran, and the kernels that took most of the time."""
     steps, cuda = 3 if args.profile else 1, args.device == "cuda"
-    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile() as profiler:
         for _ in range(steps):
             trainer.train_step()
-        if cuda:
-            torch.cuda.synchronize()
     if args.profile:
-        args.profile.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(args.profile / f"{args.variant.replace('+', '-')}.json.gz"))
+        profiler.export_chrome_trace(str(args.profile / f"{args.names[0]}-{args.variant.replace('+', '-')}.json.gz"))
     events = profiler.key_averages()
     attention = {
         m[1] for e in events if (m := re.fullmatch("aten::_scaled_dot_product_(.*)_attention(_for_cpu)?", e.key))
@@ -328,58 +324,72 @@ class ChildError(Exception):
 
 
 def run_child(command: list, timeout: float | None = None, environment: dict | None = None):
-    """Run a command in its own session; return the last line of its output, which is JSON. Kill the session when the
-    command ends, at the timeout, and at Ctrl-C. Raise ChildError."""
-    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True)
+    """Run a command in its own process group; return the last line of its output, which is JSON. Kill the group when
+    the command ends, at the timeout, and at Ctrl-C. Raise ChildError."""
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", process_group=0)
     with subprocess.Popen([*map(str, command)], env=os.environ | (environment or {}), **options) as child:
         try:
             stdout, stderr = child.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            kill_session(child)
+            kill_group(child)
             raise ChildError(f"no result after {timeout:.0f} s", child.communicate()[1]) from None
         finally:
-            kill_session(child)
+            kill_group(child)
+    if child.returncode < 0:
+        raise ChildError(f"killed by signal {-child.returncode}", stderr)
     if child.returncode:
         lines = stderr.strip().splitlines() or [f"exit status {child.returncode}"]
         # PyTorch prints hints after the line that names the error.
         named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Failed|OutOfResources)\b.*:", line)]
         last = lines[-1] if ": error: " in lines[-1] or not named else named[-1]
         raise ChildError(last, stderr)
-    return json.loads(stdout.splitlines()[-1])
+    try:
+        return json.loads(stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        raise ChildError("printed no result", stderr) from None
 
 
-def kill_session(child: subprocess.Popen) -> None:
+def kill_group(child: subprocess.Popen) -> None:
+    if not hasattr(os, "killpg"):  # on Windows
+        child.kill()
+        return
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
 
 
-def run_sweep(args: Options, sweep: str, deadline: float) -> bool:
-    """Measure the variants of a sweep in turn, up to a point in time; print each result when it comes. Return whether
-    all have one. Raise UserError."""
+def find_variants(args: Options, sweep: str) -> dict[str, str]:
+    """Return the variants of a sweep that are to be measured, by name. Raise UserError."""
     variants = {name: SWEEPS[sweep].get(name, name) for name in args.only or SWEEPS[sweep]}
     for variant in variants.values():
-        find_changes(variant)  # raises before anything has run
-    workload, results = args.workload(sweep), []
-    gpu = f", {torch.cuda.get_device_name()}" if args.device == "cuda" else ""
+        find_changes(variant)
+    return variants
+
+
+def run_sweep(args: Options, sweep: str, gradient: Path, deadline: float) -> bool:
+    """Measure the variants of a sweep in turn, up to a point in time; print each result when it comes. Return whether
+    all have one."""
+    variants, workload, results = find_variants(args, sweep), args.workload(sweep), []
+    device = torch.cuda.get_device_name() if args.device == "cuda" else args.device
     batch = f"{workload.grad_accum_steps} × {workload.micro_batch_size} sequences a step"
-    print(f"\n{sweep}: {workload.preset}, {batch}{gpu}, torch {torch.__version__}")
+    print(f"\n{sweep}: {workload.preset}, {batch}, {device}, torch {torch.__version__}")
     print(HEADER, flush=True)
-    with tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, SCRIPT, sweep, "--device", args.device, "--gradient", f"{directory}/gradient.pt"]
-        command += ["--micro_batch_size", workload.micro_batch_size]
-        command += ["--profile", args.profile] if args.profile else []
-        runs = [("reference", REFERENCE), *[*variants.items()] * args.repeats]
-        for name, variant in tqdm(runs, desc=sweep, unit="variant", leave=False, disable=None):
-            limit = min(args.time_limit, deadline - time.monotonic())
-            result = dict(sweep=sweep, name=name, variant=variant) | measure_in_child(command, name, variant, limit)
-            results.append(result)
-            if args.results:
-                with open(args.results, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(result) + "\n")
-            tqdm.write(row(result, results))
-            sys.stdout.flush()
-            if name == "reference" and "error" in result:
-                raise UserError(f"{sweep}: without the reference there is nothing to compare gradients with", 1)
+    command = [sys.executable, SCRIPT, sweep, "--device", args.device, "--gradient", gradient]
+    command += ["--micro_batch_size", workload.micro_batch_size]
+    command += ["--profile", args.profile] if args.profile else []
+    runs = [] if gradient.exists() else [("reference", REFERENCE)]
+    runs += [*variants.items()] * args.repeats
+    for name, variant in tqdm(runs, desc=sweep, unit="variant", leave=False, disable=None):
+        limit = min(args.time_limit, deadline - time.monotonic())
+        result = dict(sweep=sweep, name=name, variant=variant, device=device, torch=torch.__version__)
+        result |= measure_in_child(command, name, variant, limit)
+        results.append(result)
+        if args.results:
+            with open(args.results, "a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+        tqdm.write(row(result, results, baseline=[*variants][0]))
+        sys.stdout.flush()
+        if name == "reference" and "error" in result:
+            break  # there is nothing to compare gradients with
     fastest = max(results, key=lambda result: result.get("tokens_per_second", 0))
     for kernel in fastest.get("kernels", []):
         print(f"  {kernel['ms']:10.2f} ms  {kernel['fraction']:6.1%}  {kernel['name'][:55]}")
@@ -400,16 +410,17 @@ def measure_in_child(command: list, name: str, variant: str, limit: float) -> di
 HEADER = f"  {'variant':18} {'tokens/s':>9} {'ratio':>6} {'GB':>6} {'gradient':>9} {'batch':>6}  attention"
 
 
-def row(result: dict, results: list[dict]) -> str:
-    """Return a row of the table: speed, also relative to the first variant's, peak memory, error of the gradient,
+def row(result: dict, results: list[dict], baseline: str) -> str:
+    """Return a row of the table: speed, also relative to the baseline's last run, peak memory, error of the gradient,
     micro-batch size, attention."""
     name = f"  {result['name']:18}"
     if "error" in result:
         return f"{name} {result['error']}"
     if "tokens_per_second" not in result:
         return f"{name} gradient written"
-    speed, first = result["tokens_per_second"], results[1].get("tokens_per_second")  # after the reference
-    ratio = f"{speed / first:6.2f}" if first else f"{'–':>6}"
+    speed = result["tokens_per_second"]
+    of_baseline = [r["tokens_per_second"] for r in results if r["name"] == baseline and "tokens_per_second" in r]
+    ratio = f"{speed / of_baseline[-1]:6.2f}" if of_baseline else f"{'–':>6}"
     numbers = f"{result['peak_memory_gb']:6.1f} {result['gradient_error']:9.0e} {result['micro_batch_size']:6}"
     return f"{name} {speed:9,.0f} {ratio} {numbers}  {result['attention']}"
 
@@ -423,6 +434,8 @@ def main(argv: list[str] | None = None) -> int:
     args = replace(args, device=choose_device(args.device))
     if args.device not in ("cuda", "cpu"):
         raise UserError(f"--device {args.device}: the sweeps need cuda, or cpu to try them out")
+    if args.variant and not (args.names and args.gradient):
+        raise UserError("--variant: is for child processes, with a sweep and --gradient")
     if args.variant == "reference":
         write_reference(replace(args, variant=REFERENCE), args.workload(args.names[0]))
         print("{}")
@@ -430,7 +443,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.variant:
         print(json.dumps(measure_variant(args, args.workload(args.names[0]))))
         return 0
-    complete = [run_sweep(args, name, started + args.deadline) for name in args.names or SWEEPS]
+    names = args.names or tuple(SWEEPS)
+    for name in names:
+        find_variants(args, name)  # raises before anything has run
+    if args.profile:
+        args.profile.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as directory:
+        gradient = Path(directory) / "gradient.pt"  # both sweeps have the same model and sequences
+        complete = [run_sweep(args, name, gradient, started + args.deadline) for name in names]
     return 0 if all(complete) else 1
 
 

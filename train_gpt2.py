@@ -404,6 +404,8 @@ class Trainer:
         self.raw_model.zero_grad(set_to_none=True)
         gc.collect()  # FSDP2's models contain reference cycles
         torch.cuda.empty_cache()  # does nothing without CUDA
+        if problem and self.dist.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # no step uses what has failed
         return problem, message
 
     def use_memory_of_a_step(self, B: int, compiled: bool, communicate: bool) -> None:

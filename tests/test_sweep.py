@@ -128,7 +128,12 @@ if name == "no_cudnn":  # hangs, with a process of its own
 if name == "reference" and os.path.exists("fail"):
     sys.exit("RuntimeError: no memory")
 if name == "reference":
+    open(sys.argv[sys.argv.index("--gradient") + 1], "w").close()
     sys.exit(print("{}"))
+if name == "loss":
+    sys.exit(print("no JSON"))
+if name == "nanogpt":
+    os.kill(os.getpid(), 9)
 if name == "aten":
     sys.exit("RuntimeError: no valid kernel\\n\\nSet TORCHDYNAMO_VERBOSE=1 for more")
 if name == "tune":
@@ -183,9 +188,7 @@ def test_deadline_cuts_a_sweep(child, capsys):
 def test_sweep_ends_without_a_reference(child, capsys):
     Path("fail").touch()
     assert sweep_gpu("--only", "eager") == 1
-    out, err = capsys.readouterr()
-    assert "reference          RuntimeError: no memory\n" in out
-    assert err == "bench.py: error: gpu: without the reference there is nothing to compare gradients with\n"
+    assert "reference          RuntimeError: no memory\n" in capsys.readouterr().out
     assert [*rows(Path("results.jsonl"))] == ["reference"]
 
 
@@ -224,10 +227,10 @@ def shrunk_script(directory: Path) -> Path:
 def test_sweep_rehearses_on_a_cpu(tmp_path):
     flags = "gpu", "--device", "cpu", "--only", "eager", "--results", tmp_path / "r.jsonl", "--profile", tmp_path / "t"
     lines = run(shrunk_script(tmp_path), *flags).stdout.splitlines()
-    assert lines[1].startswith("gpu: tiny, 2 × 2 sequences a step, torch ")
+    assert lines[1].startswith("gpu: tiny, 2 × 2 sequences a step, cpu, torch ")
     found = rows(tmp_path / "r.jsonl")
     assert [*found] == ["reference", "eager"] and found["eager"]["gradient_error"] < 1e-5
-    trace = json.loads(gzip.decompress((tmp_path / "t/eager.json.gz").read_bytes()))["traceEvents"]
+    trace = json.loads(gzip.decompress((tmp_path / "t/gpu-eager.json.gz").read_bytes()))["traceEvents"]
     assert sum(event["name"] == "Optimizer.step#AdamW.step" for event in trace) == 3  # three steps
 
 
@@ -241,3 +244,51 @@ def test_whole_sweep_rehearses_on_a_cpu(tmp_path, which):
     assert [*found] == ["reference", *sweep.SWEEPS[which]] and not any("error" in r for r in found.values()), (
         done.stdout
     )
+
+
+def test_children_without_a_result_are_named(child):
+    assert sweep_gpu("--only", "loss", "nanogpt", "eager") == 1
+    found = rows(Path("results.jsonl"))
+    assert found["loss"]["error"] == "printed no result" and found["nanogpt"]["error"] == "killed by signal 9"
+    assert "error" not in found["eager"]
+
+
+def test_ratio_is_to_the_last_run_of_the_first_variant():
+    def result(name: str, speed: float | None) -> dict:
+        measured = dict(tokens_per_second=speed, peak_memory_gb=1.0, gradient_error=0.0, micro_batch_size=2)
+        return dict(name=name) | (dict(measured, attention="flash") if speed else dict(error="none"))
+
+    results = [result("a", 10.0), result("b", 15.0), result("a", 5.0), result("b", 15.0), result("a", None)]
+    found = [sweep.row(results[i], results[: i + 1], "a").split()[1:3] for i in range(4)]
+    assert found == [["10", "1.00"], ["15", "1.50"], ["5", "1.00"], ["15", "3.00"]]
+    assert sweep.row(results[1], results[1:2], "a").split()[2] == "–"  # the first variant has no result
+
+
+def test_two_sweeps_share_a_reference(child):
+    assert run_script(bench.main, ["ladder", "gpu", *"--device cpu --results results.jsonl --only eager".split()]) == 0
+    found = [json.loads(line) for line in Path("results.jsonl").read_text().splitlines()]
+    assert [(r["sweep"], r["name"]) for r in found] == [("ladder", "reference"), ("ladder", "eager"), ("gpu", "eager")]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("gpu --results nowhere/x", "--results: cannot write nowhere/x: No such file or directory"),
+        ("gpu --device foo", "--device foo: PyTorch finds no such device here"),
+        ("gpu small", "small: no such sweep; there are gpu, ladder"),
+        ("gpu --variant eager", "--variant: is for child processes"),
+        ("ladder gpu --only TF32", "TF32: no such change"),
+        ("gpu --profile child.py", "child.py: File exists"),
+    ],
+)
+def test_errors_are_one_line(child, capsys, flags, message):
+    assert run_script(bench.main, flags.split()) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"bench.py: error: {message}") and err.count("\n") == 1 and not out
+    assert [p.name for p in Path().iterdir()] == ["child.py"]
+
+
+def test_only_a_gpu_or_a_cpu_is_measured(child, capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "choose_device", lambda name: "mps")
+    assert run_script(bench.main, ["gpu"]) == 2
+    assert capsys.readouterr().err == "bench.py: error: --device mps: the sweeps need cuda, or cpu to try them out\n"
