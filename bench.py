@@ -13,7 +13,6 @@ the fastest precision of the device. gpu and ladder have options of their own: s
 """
 
 from errors import UserError, run_script
-import contextlib
 import json
 import os
 import sys
@@ -36,7 +35,7 @@ from runtime.distributed import Distributed
 from runtime.files import write_json
 from runtime.options import option, output_file, parse_options
 from scoring import Scorer
-from sweep import TEXT, ChildError, run_child
+from sweep import TEXT, ChildError, open_dry_run, run_child
 from tokens import END_OF_TEXT, VOCAB_SIZE, gpt2_encoding
 from zero_shot import lambada
 
@@ -77,8 +76,7 @@ def train(args: "Options", name: str, compile: str = "on", tuned: bool = True, o
         train_gpt2.tune_malloc = lambda: None
     flags = dict(preset=SHAPES[name][0], micro_batch_size=B, total_batch_size=B * shape.block_size, data=TEXT)
     flags |= dict(device=args.device.type, compile=compile, optimizer=optimizer)
-    argv = ["--dry_run", *(f"--{key}={value}" for key, value in flags.items())]
-    with contextlib.redirect_stdout(sys.stderr), train_gpt2.open_trainer(argv) as trainer:
+    with open_dry_run(flags) as trainer:
         median_seconds = sorted(trainer.train_step().seconds for _ in range(4))[1]  # the first is slow
     if name == "memory":
         return peak_memory(args.device) / 1e9

@@ -118,6 +118,6 @@ def inputs_and_targets(rows: torch.Tensor, device: torch.device) -> tuple[torch.
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return the tensor on the device. The host does not wait for a copy to a GPU, which is from pinned memory."""
-    cuda = device.type == "cuda"  # MPS would read freed memory (pytorch issue 139550)
+    """Return the tensor on the device. The host does not wait for the copy to a GPU."""
+    cuda = device.type == "cuda"  # on MPS, the copy would read freed memory (pytorch issue 139550)
     return (tensor.pin_memory() if cuda else tensor).to(device, non_blocking=cuda)

@@ -212,21 +212,25 @@ class Options:
 
 
 @contextlib.contextmanager
+def open_dry_run(options: dict) -> Iterator[Trainer]:
+    """Yield the trainer of a dry run with these options of train_gpt2.py. What it prints goes to stderr."""
+    argv = ["--dry_run", *(f"--{name}={value}" for name, value in options.items())]
+    with contextlib.redirect_stdout(sys.stderr), open_trainer(argv) as trainer:
+        yield trainer
+
+
+@contextlib.contextmanager
 def open_variant(args: Options, workload: Workload) -> Iterator[Trainer]:
     """Apply the changes of a variant, which last as long as the process; yield its trainer. Raise UserError."""
-    options = dict(preset=workload.preset, data=TEXT, device=args.device, compile="on")
     B, seq_len = workload.micro_batch_size, TrainConfig(**PRESETS[workload.preset]).seq_len
-    options["total_batch_size"] = B * workload.grad_accum_steps * seq_len
+    options = dict(preset=workload.preset, data=TEXT, device=args.device, compile="on")
+    options |= dict(micro_batch_size=B, total_batch_size=B * workload.grad_accum_steps * seq_len)
     for change in find_changes(args.variant):
         options |= change.options
-        B = max(1, int(B * change.batch_factor))
+        options["micro_batch_size"] = int(options["micro_batch_size"] * change.batch_factor)
         if change.patch:
             change.patch()
-    argv = [f"--{name}={value}" for name, value in options.items()]
-    with (
-        contextlib.redirect_stdout(sys.stderr),
-        open_trainer(["--dry_run", f"--micro_batch_size={B}", *argv]) as trainer,
-    ):
+    with open_dry_run(options) as trainer:
         if trainer.config.compile != options["compile"]:
             raise UserError("could not be compiled", 1)
         yield trainer
@@ -279,7 +283,7 @@ def compute_gradient(trainer: Trainer, n: int) -> dict[str, torch.Tensor]:
 def compare_gradient(trainer: Trainer, reference: Path, n: int) -> float:
     """Take the reference's weights; return the relative error of the gradient there. Raise UserError."""
     weights, expected = torch.load(reference, map_location=trainer.dist.device, weights_only=True)
-    for name, p in unpadded_weights(trainer).items():  # they were drawn for another vocabulary
+    for name, p in unpadded_weights(trainer).items():  # with more padded rows, other initial weights are drawn
         p.copy_(weights[name])
     gradient = compute_gradient(trainer, n)
     difference = sum((gradient[name] - t).square().sum() for name, t in expected.items())

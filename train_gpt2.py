@@ -294,7 +294,7 @@ class Trainer:
         self.evaluate(model, batch)  # warm up
         started = time.perf_counter()
         self.evaluate(model, batch)
-        n = min(self.val_loader.n_rows, max(1, self.config.eval_tokens // self.config.seq_len))
+        n = min(self.val_loader.n_rows, self.config.eval_tokens // self.config.seq_len)
         return (time.perf_counter() - started) * math.ceil(n / batch)
 
     # -- The parts of the setup
@@ -355,7 +355,7 @@ class Trainer:
             if cudnn:
                 disable_cudnn_sdp()
                 reason = message if problem == "cudnn" else "on another rank"
-                self.log.print(f"no cuDNN attention, it failed: {reason}")
+                self.log.print(f"cuDNN attention is disabled, it failed: {reason}")
             elif compiler:
                 compiled = False
                 reason = message if problem == "compiler" else "on another rank"

@@ -102,7 +102,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 def free_memory_at_peak(device: torch.device) -> float:
     """Return the bytes of a GPU's memory that were free when this process used the most of it."""
-    # What PyTorch has reserved is not free, but it is there for new tensors.
+    # mem_get_info counts all that PyTorch has reserved as used.
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - peak_memory(device)
 
 
@@ -135,7 +135,7 @@ def classify_error(e: Exception) -> str | None:
 
 
 def disable_cudnn_sdp() -> None:
-    """Do without cuDNN's attention from now on, and compile anew what has been compiled with it."""
+    """Disable cuDNN's attention until the process ends, and forget what has been compiled with it."""
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch._dynamo.reset()
     # The cache on the disk does not distinguish which attention a graph contains (pytorch issue 185449).
@@ -143,8 +143,8 @@ def disable_cudnn_sdp() -> None:
 
 
 def sdpa_without_cudnn() -> contextlib.AbstractContextManager:
-    """Return a context manager, also a decorator, without cuDNN's attention: for shapes that vary, as cuDNN makes a
-    plan for each, in 0.06 to 0.4 s."""
+    """Return a context manager and decorator that disables cuDNN's attention. cuDNN makes a plan for each new shape, in
+    0.06 to 0.4 s, so it is for shapes that stay the same."""
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 

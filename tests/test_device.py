@@ -81,7 +81,7 @@ if trainer is not None and torch.backends.cuda.cudnn_sdp_enabled():
     script = with_fault(tmp_path, fault)
     done = run_ranks(script, *SMALL, "--data", text, "--log_dir", tmp_path / "log", "--max_steps", 2)
     assert [line for line in done.stdout.splitlines() if "cuDNN" in line] == [
-        "no cuDNN attention, it failed: on another rank"
+        "cuDNN attention is disabled, it failed: on another rank"
     ]
 
 
@@ -95,7 +95,7 @@ def test_cudnn_failure_names_its_reason(cudnn, tmp_path, text, monkeypatch):
 
     monkeypatch.setattr(GPT, "forward", failing)
     done = run_in_process(*SMALL, "--data", text, "--log_dir", tmp_path / "log", "--max_steps", 1)
-    assert done.stdout.count(f"no cuDNN attention, it failed: {CUDNN_FAILURE}\n") == 1
+    assert done.stdout.count(f"cuDNN attention is disabled, it failed: {CUDNN_FAILURE}\n") == 1
     assert not torch._functorch.config.enable_autograd_cache  # it may hold graphs with cuDNN's attention
 
 
