@@ -377,36 +377,39 @@ def run_sweep(args: Options, sweep: str, gradient: Path, deadline: float) -> boo
     batch = f"{workload.grad_accum_steps} × {workload.micro_batch_size} sequences a step"
     print(f"\n{sweep}: {workload.preset}, {batch}, {device}, torch {torch.__version__}")
     print(HEADER, flush=True)
-    command = [sys.executable, SCRIPT, sweep, "--device", args.device, "--gradient", gradient]
-    command += ["--micro_batch_size", workload.micro_batch_size]
-    command += ["--profile", args.profile] if args.profile else []
-    runs = [] if gradient.exists() else [("reference", REFERENCE)]
-    runs += [*variants.items()] * args.repeats
-    for name, variant in tqdm(runs, desc=sweep, unit="variant", leave=False, disable=None):
+    command = child_command(args, sweep, gradient)
+    for name, variant in tqdm(
+        [*variants.items()] * args.repeats, desc=sweep, unit="variant", leave=False, disable=None
+    ):
         limit = min(args.time_limit, deadline - time.monotonic())
         result = dict(sweep=sweep, name=name, variant=variant, device=device, torch=torch.__version__)
-        result |= measure_in_child(command, name, variant, limit)
+        result |= measure_in_child(command, variant, limit)
         results.append(result)
         if args.results:
             with open(args.results, "a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
         tqdm.write(row(result, results, baseline=[*variants][0]))
         sys.stdout.flush()
-        if name == "reference" and "error" in result:
-            break  # there is nothing to compare gradients with
     fastest = max(results, key=lambda result: result.get("tokens_per_second", 0))
     for kernel in fastest.get("kernels", []):
         print(f"  {kernel['ms']:10.2f} ms  {kernel['fraction']:6.1%}  {kernel['name'][:55]}")
     return not any("error" in result for result in results)
 
 
-def measure_in_child(command: list, name: str, variant: str, limit: float) -> dict:
-    """Run a variant, or the reference; return its result, or why there is none."""
+def child_command(args: Options, sweep: str, gradient: Path) -> list:
+    """Return the command of a child, but for its --variant."""
+    command = [sys.executable, SCRIPT, sweep, "--device", args.device, "--gradient", gradient]
+    command += ["--micro_batch_size", args.workload(sweep).micro_batch_size]
+    return command + (["--profile", args.profile] if args.profile else [])
+
+
+def measure_in_child(command: list, variant: str, limit: float) -> dict:
+    """Run a variant; return its result, or why there is none."""
     if limit < 1:
         return dict(error="not run: the deadline has passed")
     environment = {key: value for change in find_changes(variant) for key, value in change.environment.items()}
     try:
-        return run_child([*command, "--variant", name if name == "reference" else variant], limit, environment)
+        return run_child([*command, "--variant", variant], limit, environment)
     except ChildError as e:
         return dict(error=str(e), stderr=e.stderr)
 
@@ -420,8 +423,6 @@ def row(result: dict, results: list[dict], baseline: str) -> str:
     name = f"  {result['name']:18}"
     if "error" in result:
         return f"{name} {result['error']}"
-    if "tokens_per_second" not in result:
-        return f"{name} gradient written"
     speed = result["tokens_per_second"]
     of_baseline = [r["tokens_per_second"] for r in results if r["name"] == baseline and "tokens_per_second" in r]
     ratio = f"{speed / of_baseline[-1]:6.2f}" if of_baseline else f"{'–':>6}"
@@ -454,6 +455,13 @@ def main(argv: list[str] | None = None) -> int:
         args.profile.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         gradient = Path(directory) / "gradient.pt"  # both sweeps have the same model and sequences
+        try:
+            run_child(
+                [*child_command(args, names[0], gradient), "--variant", "reference"],
+                min(args.time_limit, args.deadline),
+            )
+        except ChildError as e:
+            raise UserError(f"the gradient in float32 could not be computed: {e}", 1) from None
         complete = [run_sweep(args, name, gradient, started + args.deadline) for name in names]
     return 0 if all(complete) else 1
 
