@@ -36,7 +36,7 @@ from runtime.files import write_json
 from runtime.options import option, output_file, parse_options
 from scoring import Scorer
 from sweep import TEXT, ChildError, open_dry_run, run_child
-from tokens import END_OF_TEXT, VOCAB_SIZE, gpt2_encoding
+from tokens import END_OF_TEXT, VOCAB_SIZE, gpt2_tokenizer
 from zero_shot import lambada
 
 SCRIPT = __file__  # what a child runs
@@ -190,7 +190,7 @@ def evaluate_lambada(args: "Options", name: str) -> float:
 def evaluate_one_by_one(args: "Options", name: str) -> float:
     """Compute all logits of one passage after the other, by transformers."""
     model = transformers_model(GPT2).eval().to(args.device, args.dtype)
-    encode = gpt2_encoding().encode_ordinary
+    encode = gpt2_tokenizer().encoding.encode_ordinary
     texts = lambada_texts()
 
     def evaluate(texts: list[str]) -> None:

@@ -15,7 +15,7 @@ import yaml
 
 from runtime.files import download, open_zip
 from scoring import Example, Result, Scorer, split_common_prefix
-from tokens import encode_document
+from tokens import gpt2_tokenizer
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 PUBLISHED = (0.1139, 0.1849, 0.2146, 0.2565)  # of 124M, 350M, 774M and 1558M
@@ -87,13 +87,13 @@ def render(task: dict, i: int) -> list[Example]:
     others = records[:i] + records[i + 1 :]
     solved = random.Random(1234 + i).sample(others, task["num_fewshot"][0])
     before = "".join(f"{render_texts(task, record)[right_option(task, record)]}\n\n" for record in solved)
-    options = [encode_document(before + text) for text in render_texts(task, records[i])]
+    options = [gpt2_tokenizer().encode_document(before + text) for text in render_texts(task, records[i])]
     if task["icl_task_type"] == "multiple_choice":
         return [split_common_prefix(options)]
     if task["icl_task_type"] == "schema":  # the same end after different beginnings
         n = len(split_common_prefix([tokens[::-1] for tokens in options]).context)  # tokens of the common end
         return [Example(tokens[:-n], [tokens[-n:]]) for tokens in options]
-    context = encode_document(f"{before}{records[i]['context'].strip()}{task['delimiter']}".strip())
+    context = gpt2_tokenizer().encode_document(f"{before}{records[i]['context'].strip()}{task['delimiter']}".strip())
     if not np.array_equal(context, options[0][: len(context)]):
         raise ValueError("the tokens of its context are not the first ones of the whole")
     return [Example(context, [options[0][len(context) :]])]

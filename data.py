@@ -12,18 +12,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runtime.shards import ShardError, check_ids, check_manifest, open_shard, shard_paths
-from tokens import encode, sha256
+from runtime.shards import ShardError, check_ids, check_manifest, find_parts, open_shard, part_name, shard_paths
+from tokens import VOCAB_SIZE, Tokenizer, gpt2_tokenizer, sha256
+
+Files = list[tuple[str, np.ndarray]]  # names, and token ids (n,) of uint16
 
 
 @dataclass(frozen=True)
 class Data:
-    """Training and validation tokens, as lists of (file name, ids (n,) of uint16), and a fingerprint, which differs for
-    other tokens: the lengths of shards and the manifest's hash, or the text's hash."""
+    """Training and validation tokens, their tokenizer, and a fingerprint, which differs for other tokens: the lengths
+    of shards and the manifest's hash, or the text's hash."""
 
-    train: list[tuple[str, np.ndarray]]
-    val: list[tuple[str, np.ndarray]]
+    train: Files
+    val: Files
     is_text: bool
+    tokenizer: Tokenizer
     fingerprint: dict[str, int | str]
 
     @property
@@ -32,29 +35,50 @@ class Data:
         return sum(len(tokens) for _, tokens in self.train)
 
 
-def open_data(path: Path) -> Data:
-    """Open a directory of shards, or a text file, whose last tenth is for validation. Raise UserError."""
+def open_data(path: Path, tokenizer: Tokenizer | None = None) -> Data:
+    """Open shards, which must be of this tokenizer if there is one, or a text, which it encodes (default: GPT-2's) and
+    whose last tenth is for validation. Raise UserError."""
     try:
         if path.is_dir():
-            train, val = ([(p.name, open_shard(p)) for p in shard_paths(path, split)] for split in ("train", "val"))
-            fingerprint = {name: len(tokens) for name, tokens in val + train}
-            if (path / "manifest.json").exists():
-                check_manifest(path, fingerprint)
-                fingerprint["manifest.json"] = sha256(path / "manifest.json")
-            return Data(train, val, is_text=False, fingerprint=fingerprint)
+            return open_shards(path, tokenizer)
         content = path.read_bytes()
         text = content.decode("utf-8")
         cut = len(text) * 9 // 10
-        train, val = encode(text[:cut]), encode(text[cut:])
-    except FileNotFoundError:
-        raise UserError(f"--data {path}: no such file or directory") from None
+        tokenizer = tokenizer or gpt2_tokenizer()
+        train, val = tokenizer.encode(text[:cut]), tokenizer.encode(text[cut:])
+    except FileNotFoundError as e:
+        raise UserError(f"--data {e.filename}: no such file or directory") from None
     except UnicodeDecodeError as e:
         raise UserError(f"--data {path}: not UTF-8 text (byte {e.start:,}); token shards go into a directory") from None
     except (OSError, ValueError, ShardError) as e:
         raise UserError(f"--data {path}: {e}") from None
     fingerprint = {"text": hashlib.sha256(content).hexdigest()}
     train, val = [(path.name, train)], [(f"the last tenth of {path.name}", val)]
-    return Data(train, val, is_text=True, fingerprint=fingerprint)
+    return Data(train, val, is_text=True, tokenizer=tokenizer, fingerprint=fingerprint)
+
+
+def open_shards(path: Path, tokenizer: Tokenizer | None) -> Data:
+    """Open a directory of shards, or of parts, one after the other. Raise OSError, ValueError or ShardError."""
+    train, val, fingerprint, origins = [], [], {}, []
+    for i, part in enumerate(find_parts(path)):
+        name = "" if part == path else f"{part.name}/"
+        own = Tokenizer.load(part) if (part / "merges.txt").exists() else gpt2_tokenizer()
+        tokenizer = tokenizer or own
+        if own != tokenizer:
+            raise ValueError(f"{name}its vocabulary of {own.vocab_size:,} tokens is not the model's or --vocab_size")
+        counts = {}
+        for split, files in [("train", train), ("val", val)][: 2 if i == 0 else 1]:  # validation is in the first part
+            for p in shard_paths(part, split):
+                files.append((name + p.name, open_shard(p, own.vocab_size)))
+                fingerprint[name + p.name] = counts[p.name] = len(files[-1][1])
+        if (part / "manifest.json").exists():
+            manifest = check_manifest(part, counts)
+            origins.append([manifest.get(key) for key in ("source", "text_column")])
+            is_here = not name or part_name(manifest.get("part", "")) == part.name
+            if manifest.get("tokenizer", own.sha256) != own.sha256 or origins[-1] != origins[0] or not is_here:
+                raise ValueError(f"{name}manifest.json: is of another vocabulary, source or part than there is here")
+            fingerprint[f"{name}manifest.json"] = sha256(part / "manifest.json")
+    return Data(train, val, is_text=False, tokenizer=tokenizer, fingerprint=fingerprint)
 
 
 @lru_cache(maxsize=2)  # a batch may span two epochs
@@ -71,8 +95,8 @@ class DataLoaderLite:
     keep the stream's order in the first epoch. Global row g of a run is row permutation(epoch)[g % n] of epoch g // n.
     """
 
-    def __init__(self, files: list[tuple[str, np.ndarray]], T: int, seed: int = 0, shuffle_first: bool = False):
-        self.files, self.T, self.seed, self.shuffle_first = files, T, seed, shuffle_first
+    def __init__(self, files: Files, T: int, seed: int = 0, shuffle_first: bool = False, vocab_size: int = VOCAB_SIZE):
+        self.files, self.T, self.seed, self.shuffle_first, self.vocab_size = files, T, seed, shuffle_first, vocab_size
         self.starts = np.cumsum([0] + [len(tokens) for _, tokens in files])  # of each file, and N
         self.n_rows = (int(self.starts[-1]) - 1) // T
         if self.n_rows < 1:
@@ -97,7 +121,7 @@ class DataLoaderLite:
             name, tokens = self.files[i]
             offset = start - int(self.starts[i])
             part = tokens[offset : offset + n]
-            check_ids(name, offset, part)
+            check_ids(name, offset, part, self.vocab_size)
             parts.append(part)
             start, n, i = start + len(part), n - len(part), i + 1
         return np.concatenate(parts)

@@ -27,9 +27,9 @@ from runtime import checkpoint
 from runtime.distributed import Distributed
 from runtime.files import write_json
 from runtime.options import option, output_file, parse_options
-from runtime.shards import check_ids, shard_paths
+from runtime.shards import check_ids, find_parts, shard_paths
 from scoring import Result, Scorer, ScoringOptions
-from tokens import END_OF_TEXT, encode_document, gpt2_encoding, sha256
+from tokens import Tokenizer, sha256
 
 ROOT = Path(__file__).resolve().parent
 TASKS = ["text", *zero_shot.SOURCES, "hellaswag", "core"]
@@ -60,33 +60,37 @@ def find_data(task: str, args: Options) -> tuple[Path, str]:
         path = hellaswag.find_file() if task == "hellaswag" else zero_shot.find_file(task, args.data_dir)
     files = [path]
     if path.is_dir():
-        files = shard_paths(path, "val") if task == "text" else sorted(filter(Path.is_file, path.rglob("*")))
+        files = (
+            shard_paths(find_parts(path)[0], "val") if task == "text" else sorted(filter(Path.is_file, path.rglob("*")))
+        )
     hashes = [sha256(file) for file in files]
     return path, hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def read_tokens(path: Path, only_val: bool) -> np.ndarray:
+def read_tokens(path: Path, only_val: bool, tokenizer: Tokenizer) -> np.ndarray:
     """Return the tokens of a text, of documents, or of validation data, (n,) of uint16, after <|endoftext|>."""
-    parts = [np.array([END_OF_TEXT], dtype=np.uint16)]
+    parts = [np.array([tokenizer.end_of_text], dtype=np.uint16)]
     if only_val or path.is_dir():
-        for name, tokens in open_data(path).val:
-            check_ids(name, 0, tokens)
+        for name, tokens in open_data(path, tokenizer).val:
+            check_ids(name, 0, tokens, tokenizer.vocab_size)
             parts.append(tokens)
     else:
-        parts += [encode_document(text) for text in check_texts(find_reader(path)(path, "text"), "text", str(path))]
+        texts = check_texts(find_reader(path)(path, "text"), "text", str(path))
+        parts += [tokenizer.encode_document(text) for text in texts]
     tokens = np.concatenate(parts)
-    has_its_own = len(tokens) > 1 and tokens[1] == END_OF_TEXT
+    has_its_own = len(tokens) > 1 and tokens[1] == tokenizer.end_of_text
     return tokens[1:] if has_its_own else tokens
 
 
 def evaluate_text(scorer: Scorer, path: Path, args: Options, strides: list[int]) -> list[Result]:
     """Return the perplexities of a text, which is one stream of tokens. Raise UserError."""
     with scorer.dist.agree():
-        tokens = read_tokens(path, only_val=args.data is None)
+        tokenizer, end_of_text = scorer.tokenizer, scorer.tokenizer.end_of_text
+        tokens = read_tokens(path, args.data is None, tokenizer)
         if args.limit:
             tokens = tokens[: args.limit * scorer.model.config.block_size + 1]
-        documents = np.split(tokens, np.flatnonzero(tokens == END_OF_TEXT))  # joined, they would share a word
-        originals = [gpt2_encoding().decode_bytes(ids[ids != END_OF_TEXT].tolist()) for ids in documents]
+        documents = np.split(tokens, np.flatnonzero(tokens == end_of_text))  # joined, they would share a word
+        originals = [tokenizer.encoding.decode_bytes(ids[ids != end_of_text].tolist()) for ids in documents]
         if not any(text.split() for text in originals):
             raise UserError(f"--data {path}: holds no text")
     name = args.data.name if args.data else "the last tenth of input.txt"
@@ -140,6 +144,8 @@ def main(argv: list[str] | None = None) -> int:
         data = dist.from_main(lambda: {task: find_data(task, args) for task in tasks})
         scorer = args.load_scorer(dist)
         config = scorer.model.config
+        if tasks != ["text"]:
+            scorer.check_vocabulary()
         if args.stride and args.stride > config.block_size:
             raise UserError(
                 f"--stride {args.stride}: is more than the model's context, {config.block_size}", agreed=True

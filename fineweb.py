@@ -3,6 +3,8 @@
     python fineweb.py                                      FineWeb-Edu sample-10BT, from the Hugging Face hub
     python fineweb.py --pretokenized 10                    its first 10 shards, tokenized by others
     python fineweb.py --files 'books/*.parquet' --out_dir books    documents of your own
+    python fineweb.py --files 'de/*.txt' --out_dir german --train_tokenizer 16384  with a vocabulary of their own
+    python fineweb.py --part 3/16                          the third of 16 parts, on as many machines
     python fineweb.py --verify edu_fineweb10B              compare a directory with its manifest
 
 Each document is <|endoftext|> and then its tokens; all of them, end to end, are cut into shards of exactly shard_size
@@ -15,6 +17,7 @@ import base64
 import contextlib
 import glob
 import io
+import itertools
 import json
 import os
 import shutil
@@ -23,7 +26,8 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -32,8 +36,9 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime import shards
+from runtime.files import write_atomically
 from runtime.options import option, parse_options
-from tokens import END_OF_TEXT, SHA256, encode_document, gpt2_encoding, sha256
+from tokens import VOCAB_SIZE, Tokenizer, gpt2_tokenizer, sha256
 
 OUT_DIR = Path(__file__).resolve().parent / "edu_fineweb10B"
 PRETOKENIZED = "kjj0/finewebedu10B-gpt2"
@@ -41,6 +46,7 @@ CONTINUE = "the same command continues after the last complete shard"
 MAX_DOCUMENT = 2**30  # bytes, decompressed
 BATCH, BATCH_BYTES = 256, 2**22  # a batch of documents, encoded together, ends at either
 READ_AHEAD = 2**26  # bytes of text that wait for an encoder
+TRAINING_DOCUMENTS = 50_000  # from which a tokenizer is trained: the first ones of the source
 
 
 class Cursor(NamedTuple):
@@ -189,25 +195,25 @@ def open_dataset(dataset: str, name: str | None, split: str, revision: str, colu
     return [check_texts(read(i), column, f"{dataset}, file {i:,}") for i in range(n_files)]
 
 
-def encode_tiktoken(texts: list[str]) -> np.ndarray:
+def encode_tiktoken(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     """Return <|endoftext|> and the tokens of a document, for each of them: (n,) of uint16."""
-    return np.concatenate([encode_document(text) for text in texts])
+    return np.concatenate([tokenizer.encode_document(text) for text in texts])
 
 
-def make_gigatoken() -> Callable[[list[str]], np.ndarray]:
+def make_gigatoken(tokenizer: Tokenizer) -> Callable[[list[str]], np.ndarray]:
     """Return the same by gigatoken, many times as fast, checked against tiktoken on the first document of a batch."""
-    from gigatoken import Tokenizer
+    import gigatoken
 
-    ranks = gpt2_encoding()._mergeable_ranks.items()
+    ranks = tokenizer.encoding._mergeable_ranks.items()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "gpt2.tiktoken"
         path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks))
-        tokenizer = Tokenizer.from_tiktoken(path, pretokenizer="gpt2", special_tokens={})
+        fast = gigatoken.Tokenizer.from_tiktoken(path, pretokenizer="gpt2", special_tokens={})
 
     def encode_gigatoken(texts: list[str]) -> np.ndarray:
-        layout = tokenizer.encode_batch(texts, parallel=False).layout
-        block = np.insert(layout.content.data.astype(np.uint16), layout.offsets.data[:-1], END_OF_TEXT)
-        expected = encode_tiktoken(texts[:1])
+        layout = fast.encode_batch(texts, parallel=False).layout
+        block = np.insert(layout.content.data.astype(np.uint16), layout.offsets.data[:-1], tokenizer.end_of_text)
+        expected = encode_tiktoken(tokenizer, texts[:1])
         if not np.array_equal(block[: len(expected)], expected):
             raise UserError(f"gigatoken differs from tiktoken on {texts[0][:80]!r}…; uninstall it, and report this", 1)
         return block
@@ -258,6 +264,7 @@ class ShardWriter:
         except MemoryError:
             raise UserError(f"--shard_size {settings['shard_size']}: a shard must fit in memory") from None
         self.filled = 0  # tokens in the buffer
+        self.first_split = "val" if settings.get("part", "1/1").startswith("1/") else "train"
         self.manifest = open_manifest(directory, settings)
         self.cursor = Cursor(**self.manifest.get("cursor", {}))
         for shard in self.manifest["shards"]:
@@ -282,7 +289,7 @@ class ShardWriter:
     def flush(self, **state) -> None:
         """Write the buffer as the next shard, and then the manifest that names it."""
         written = self.manifest["shards"]
-        name = f"edufineweb_{'train' if written else 'val'}_{len(written):06d}.npy"
+        name = f"edufineweb_{'train' if written else self.first_split}_{len(written):06d}.npy"
         if not written:
             self.directory.mkdir(parents=True, exist_ok=True)
             shards.write_manifest(self.directory, self.manifest)
@@ -294,7 +301,7 @@ class ShardWriter:
 
     def finish(self, documents: int) -> None:
         """Write the last shard and mark the manifest complete."""
-        if not self.manifest["shards"]:
+        if not self.manifest["shards"] and (self.first_split == "val" or not self.filled):
             hint = f"try --shard_size {max(1, self.filled // 10)}" if self.filled > 1 else "is the source empty?"
             raise UserError(f"{self.filled:,} tokens leave none to train on at --shard_size {len(self.buffer)}; {hint}")
         if not self.filled:
@@ -313,24 +320,57 @@ def prepare(args: "Options") -> None:
         name = args.name or ("sample-10BT" if args.dataset == Options.dataset else None)
         source = dict(dataset=args.dataset, name=name, split=args.split)
         source["revision"] = find_revision(args.out_dir, args.dataset)
-    settings = dict(source=source, text_column=args.text_column, tokenizer=SHA256)
+
+    def open_files() -> list[Iterator[str]]:
+        if args.files:
+            return [check_texts(find_reader(p)(p, args.text_column), args.text_column, str(p)) for p in paths]
+        return open_dataset(**source, column=args.text_column)
+
+    tokenizer = find_tokenizer(args, open_files)
+    settings = dict(source=source, text_column=args.text_column, tokenizer=tokenizer.sha256)
     settings |= dict(shard_size=args.shard_size, limit_tokens=args.limit_tokens)
+    settings |= dict(part=args.part) if args.part else {}
     out = ShardWriter(args.out_dir, settings)
     if not out.manifest["complete"]:
         if out.manifest["shards"]:
             print(f"{args.out_dir}: continuing after {out.describe()}")
-        if args.files:
-            files = [check_texts(find_reader(p)(p, args.text_column), args.text_column, str(p)) for p in paths]
-        else:
-            files = open_dataset(**source, column=args.text_column)
-        encode_and_write(files, out, args)
+        i, n = map(int, (args.part or "1/1").split("/"))
+        if n > len(files := open_files()):
+            raise UserError(f"--part {args.part}: the source has {len(files):,} files, so there can be no more parts")
+        encode_and_write(files[i - 1 :: n], tokenizer, out, args)
     print(f"{args.out_dir} is complete: {out.describe()}")
 
 
-def encode_and_write(files: list[Iterator[str]], out: ShardWriter, args: "Options") -> None:
+def find_tokenizer(args: "Options", open_files: Callable[[], list[Iterator[str]]]) -> Tokenizer:
+    """Return the tokenizer in out_dir or, for a part, the directory above; without one, what --train_tokenizer learns
+    from the source's first documents, the same for all parts; or else GPT-2's. Raise UserError."""
+    size, directory = args.train_tokenizer, args.out_dir
+    places = [directory, directory.parent] if args.part else [directory]
+    try:
+        tokenizer = next((Tokenizer.load(place) for place in places if (place / "merges.txt").exists()), None)
+        if size and tokenizer is None:
+            print(f"training a tokenizer, on the first {TRAINING_DOCUMENTS:,} documents at most")
+            documents = itertools.islice(itertools.chain.from_iterable(open_files()), TRAINING_DOCUMENTS)
+            tokenizer = Tokenizer.train(documents, size)
+        if tokenizer is None:
+            return gpt2_tokenizer()
+        if size not in (None, tokenizer.vocab_size):
+            raise ValueError(f"{directory} has a tokenizer of {tokenizer.vocab_size}; use another --out_dir")
+        if not (directory / "merges.txt").exists() and shards.find_shards(directory):
+            raise ValueError(f"{directory} holds shards of GPT-2's vocabulary; use another --out_dir")
+    except ValueError as e:
+        raise UserError(f"--train_tokenizer {size}: {e}" if size else f"--out_dir {directory}: {e}") from None
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in tokenizer.files.items():  # merges.txt, which is looked for, comes last
+        with write_atomically(directory / name) as f:
+            f.write(content)
+    return tokenizer
+
+
+def encode_and_write(files: list[Iterator[str]], tokenizer: Tokenizer, out: ShardWriter, args: "Options") -> None:
     """Write the tokens of the documents from the cursor of out on. Raise UserError."""
     fast = find_spec("gigatoken") is not None
-    encoder = make_gigatoken() if fast else encode_tiktoken
+    encoder = make_gigatoken(tokenizer) if fast else partial(encode_tiktoken, tokenizer)
     print(f"encoding by {'gigatoken, checked against tiktoken' if fast else 'tiktoken; gigatoken would be faster'}")
     limit = args.limit_tokens or sys.maxsize
     skip, n_documents = out.cursor.tokens, out.manifest["documents"]
@@ -368,8 +408,9 @@ def find_revision(out_dir: Path, dataset: str) -> str | None:
     """Return the commit of a data set that out_dir was begun with, or else the newest on the hub. Raise UserError."""
     from huggingface_hub import HfApi
 
-    if (out_dir / "manifest.json").exists():
-        return shards.read_manifest(out_dir)["source"].get("revision")
+    for directory in (out_dir, *sorted(out_dir.parent.glob("part-*-of-*"))):  # or that other parts were begun with
+        if (directory / "manifest.json").exists():
+            return shards.read_manifest(directory)["source"].get("revision")
     with hub_errors(dataset):
         return HfApi().dataset_info(dataset).sha
 
@@ -379,7 +420,9 @@ def download(out_dir: Path, n: int | None) -> None:
     from huggingface_hub import HfApi, hf_hub_download
 
     revision = find_revision(out_dir, PRETOKENIZED)
-    manifest = open_manifest(out_dir, dict(source=dict(dataset=PRETOKENIZED, revision=revision), tokenizer=SHA256))
+    manifest = open_manifest(
+        out_dir, dict(source=dict(dataset=PRETOKENIZED, revision=revision), tokenizer=gpt2_tokenizer().sha256)
+    )
     with hub_errors(PRETOKENIZED):
         info = HfApi().dataset_info(PRETOKENIZED, revision=revision, files_metadata=True)
     sha = {f.rfilename: f.lfs.sha256 for f in info.siblings if shards.is_shard_name(f.rfilename)}
@@ -405,11 +448,13 @@ def download(out_dir: Path, n: int | None) -> None:
 
 
 def verify(directory: Path) -> None:
-    """Compare a directory with its manifest, shards by their SHA-256. Raise UserError naming all that differs."""
-    shards.read_manifest(directory)  # before hashing for minutes
-    found = {p.name: sha256(p) for p in tqdm(shards.find_shards(directory), unit="shard") if p.is_file()}
-    shards.check_manifest(directory, found, "sha256")
-    print(f"{directory}: all {len(found)} shards are as written")
+    """Compare a directory, or each part, with its manifest, shards by their SHA-256. Raise UserError naming all that
+    differs."""
+    for part in shards.find_parts(directory):
+        shards.read_manifest(part)  # before hashing for minutes
+        found = {p.name: sha256(p) for p in tqdm(shards.find_shards(part), unit="shard") if p.is_file()}
+        shards.check_manifest(part, found, "sha256")
+        print(f"{part}: all {len(found)} shards are as written")
 
 
 @dataclass(frozen=True)
@@ -423,6 +468,8 @@ class Options:
     verify: Path | None = option(None, "compare a directory with its manifest, and do nothing else", metavar="DIR")
     out_dir: Path = option(OUT_DIR, "directory for the shards", metavar="DIR")
     shard_size: int = option(100_000_000, "tokens per shard", low=1, metavar="N")
+    train_tokenizer: int | None = option(None, "learn a vocabulary of N tokens", low=257, high=VOCAB_SIZE, metavar="N")
+    part: str | None = option(None, "part i of N of the source's files, into its own directory", metavar="i/N")
     num_proc: int = option(os.cpu_count(), "number of encoder threads", low=1, high=1024, metavar="N")
     limit_tokens: int | None = option(None, "stop after N tokens (default: at the end)", low=1, metavar="N")
 
@@ -433,11 +480,15 @@ def main(argv: list[str] | None = None) -> int:
     n = args.pretokenized
     if n not in (None, "all") and not (n.isdecimal() and int(n) > 0):
         raise UserError(f"--pretokenized {n}: must be a number of shards, or all")
+    if n and (args.part or args.train_tokenizer):
+        raise UserError("--pretokenized: these shards are ready, without --part and --train_tokenizer")
     if sum(map(bool, (args.files, args.pretokenized, args.verify))) > 1:
         raise UserError("--files, --pretokenized and --verify: give one of them")
     if args.verify:
         verify(args.verify)
         return 0
+    if args.part:
+        args = replace(args, out_dir=args.out_dir / shards.part_name(args.part))
     try:  # before hours of work
         existing = next(p for p in (args.out_dir, *args.out_dir.absolute().parents) if p.exists())
         tempfile.TemporaryFile(dir=existing).close()

@@ -22,7 +22,7 @@ from runtime.distributed import Distributed
 from runtime.files import download, write_json
 from runtime.options import option, output_file, parse_options
 from scoring import Example, Scorer, Scores, ScoringOptions
-from tokens import gpt2_encoding
+from tokens import gpt2_tokenizer
 
 FILE = Path(__file__).resolve().parent / "hellaswag" / "hellaswag_val.jsonl"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -70,7 +70,7 @@ def read_examples(path: Path, render, limit: int | None = None) -> list[Question
 
 def render_nanogpt(record: dict) -> tuple[list[int], list[list[int]], list[float]]:
     """Return context, endings and their lengths in tokens, as karpathy/build-nanogpt does."""
-    encode = gpt2_encoding().encode_ordinary
+    encode = gpt2_tokenizer().encoding.encode_ordinary
     endings = [encode(" " + ending) for ending in record["endings"]]
     return encode(record["ctx"]), endings, [len(tokens) for tokens in endings]
 
@@ -80,7 +80,7 @@ def render_lm_eval(record: dict) -> tuple[list[int], list[list[int]], list[float
     context = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
     texts = [text.strip().replace(" [title]", ". ") for text in (context, *record["endings"])]  # WikiHow's marks
     context, *endings = [re.sub(r"\[.*?\]", "", text).replace("  ", " ") for text in texts]
-    encode = gpt2_encoding().encode_ordinary
+    encode = gpt2_tokenizer().encoding.encode_ordinary
     prefix = encode(context.rstrip())  # a trailing space belongs to what follows
     both = [encode(f"{context} {ending}") for ending in endings]
     return prefix, [tokens[len(prefix) :] for tokens in both], [len(ending) for ending in endings]
@@ -132,7 +132,9 @@ def main(argv: list[str] | None = None) -> int:
         path = args.data or dist.from_main(find_file)
         if not path.is_file():
             raise UserError(f"--data {path}: no such file", agreed=True)
-        numbers = evaluate(args.load_scorer(dist), path, args.limit)
+        scorer = args.load_scorer(dist)
+        scorer.check_vocabulary()
+        numbers = evaluate(scorer, path, args.limit)
     if not dist.is_main:
         return 0
     for name, found in numbers.items():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from muon import Muon
-from tokens import ASSETS, END_OF_TEXT, VOCAB_SIZE
+from tokens import VOCAB_SIZE, Tokenizer, gpt2_tokenizer
 
 # The four published sizes: 124M, 350M, 774M and 1558M parameters.
 SIZES = {
@@ -89,7 +88,8 @@ class GPTConfig:
         shape = dict(vocab_size=self.vocab_size, n_positions=self.block_size)
         shape |= dict(n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd, bias=self.bias)
         dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), self.dropout)
-        tokens = dict(bos_token_id=END_OF_TEXT, eos_token_id=END_OF_TEXT)
+        end_of_text = min(self.vocab_size, VOCAB_SIZE) - 1
+        tokens = dict(bos_token_id=end_of_text, eos_token_id=end_of_text)
         kind = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", dtype="float32")
         return HF_CONFIG | shape | dropout | tokens | kind
 
@@ -336,22 +336,24 @@ class GPT(nn.Module):
                 state[f"{name}.bias"] = torch.zeros(len(module.weight))
         return state
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write a Hugging Face GPT-2 directory, tokenizer included, that `transformers` and `from_pretrained` open."""
+    def save_pretrained(self, directory: str | Path, tokenizer: Tokenizer | None = None) -> None:
+        """Write a Hugging Face GPT-2 directory that `transformers` and `from_pretrained` open, with this tokenizer, by
+        default GPT-2's or, if the vocabulary is smaller, its first tokens."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        own = tokenizer or gpt2_tokenizer().first(min(self.config.vocab_size, VOCAB_SIZE))
         end = "<|endoftext|>"
-        tokenizer = dict(tokenizer_class="GPT2Tokenizer", model_max_length=self.config.block_size)
-        tokenizer |= dict(bos_token=end, eos_token=end, unk_token=end)
+        roles = dict(bos_token=end, eos_token=end, unk_token=end)
+        roles |= dict(tokenizer_class="GPT2Tokenizer", model_max_length=self.config.block_size)
         save_file(self.hf_state(), directory / "model.safetensors", metadata={"format": "pt"})
         # transformers' pipeline generates 256 tokens by default, more than a small context has.
         generation = dict(max_new_tokens=min(256, self.config.block_size // 2))
-        generation |= dict(bos_token_id=END_OF_TEXT, eos_token_id=END_OF_TEXT)
-        configs = {"config": self.config.to_hf(), "tokenizer_config": tokenizer, "generation_config": generation}
+        generation |= dict(bos_token_id=own.end_of_text, eos_token_id=own.end_of_text)
+        configs = {"config": self.config.to_hf(), "tokenizer_config": roles, "generation_config": generation}
         for name, content in configs.items():
             (directory / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for name in "vocab.json", "merges.txt":
-            shutil.copyfile(ASSETS / name, directory / name)
+        for name, content in (own.files | {"tokenizer.json": own.tokenizer_json}).items():
+            (directory / name).write_bytes(content)
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context to block_size tokens; the positions after that are dropped."""
@@ -443,6 +445,23 @@ def _find(name_or_dir: str | Path, filename: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(str(name_or_dir), filename))
+
+
+def load_tokenizer(name_or_dir: str | Path, vocab_size: int) -> Tokenizer:
+    """Return the tokenizer of a model with so large a vocabulary: that of its directory or name on the hub, or GPT-2's
+    if it comes without vocab.json and merges.txt. Raise OSError, or ValueError if they do not fit together."""
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        _find(name_or_dir, "vocab.json")
+        tokenizer = Tokenizer.load(_find(name_or_dir, "merges.txt").parent)
+    except (FileNotFoundError, EntryNotFoundError) as e:
+        if isinstance(e, LocalEntryNotFoundError) and name_or_dir not in SIZES:  # no network: it may have some
+            raise
+        tokenizer = gpt2_tokenizer()
+    if tokenizer.vocab_size != min(vocab_size, VOCAB_SIZE):  # a model of GPT-2's tokens may have more, for fast kernels
+        raise ValueError(f"has {vocab_size} tokens, and its tokenizer (without files, GPT-2's) {tokenizer.vocab_size}")
+    return tokenizer
 
 
 def _read_weights(name_or_dir: str | Path) -> dict[str, Tensor]:

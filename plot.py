@@ -72,13 +72,9 @@ class Run:
 
 
 def reference_for(run: Run) -> list[Run]:
-    """Return reference runs of the same network on the same tokens and batches. Raise UserError if there are none."""
+    """Return reference runs of the same network on the same tokens and batches."""
     logs = [Run.read(file.parent) for file in sorted(REFERENCE.glob("*/seed-*/run.json"))]
-    same = [log for log in logs if all(log.config[key] == run.config.get(key) for key in SHAPE)]
-    if not same:
-        known = ", ".join(sorted({f"--preset {log.config['preset']} --data {log.config['data']}" for log in logs}))
-        raise UserError(f"{run.name}: no reference has its network, its data and its tokens a step; there is {known}")
-    return same
+    return [log for log in logs if all(log.config[key] == run.config.get(key) for key in SHAPE)]
 
 
 def bands(reference: list[Run]) -> dict[str, dict[int, tuple[float, float]]]:
@@ -103,6 +99,9 @@ def check(run: Run, reference: list[Run]) -> bool:
     """Print whether the run so far is within the bands, and where it first leaves them. Raise UserError."""
     from runtime.plan import RESUME_INVARIANT  # which imports torch
 
+    if not reference:
+        known = ", ".join(f"--preset {path.name} --data input.txt" for path in sorted(REFERENCE.iterdir()))
+        raise UserError(f"{run.name}: no reference has its network, its data and its tokens a step; there is {known}")
     recipe, curves = reference[0].config, run.curves
     material = {*RESUME_INVARIANT, "eval_tokens"} - {"seed"}  # all others change the loss by no more than a seed does
     other = {key for key in material & run.config.keys() & recipe.keys() if run.config[key] != recipe[key]}
@@ -129,8 +128,8 @@ def check(run: Run, reference: list[Run]) -> bool:
     return normal
 
 
-def draw(log_dirs: list[Path], file: Path, reference: list[Run] | None = None) -> None:
-    """Draw these runs, and the bands of reference runs, into a PNG file. Raise UserError."""
+def draw(log_dirs: list[Path], file: Path) -> None:
+    """Draw these runs into a PNG file, a single one with the bands of its reference runs. Raise UserError."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
@@ -144,7 +143,7 @@ def draw(log_dirs: list[Path], file: Path, reference: list[Run] | None = None) -
     time = max((unit for unit in TIME if any(sum(run.columns["seconds"]) >= unit for run in runs)), default=1)
     for i, run in enumerate(runs):
         draw_run(axes, run, COLORS[i % len(COLORS)], tokens, time)
-    if reference:
+    if len(runs) == 1 and (reference := reference_for(runs[0])):
         draw_bands(axes["loss by tokens"], runs[0], reference, tokens)
     # The first fiftieth of the losses, which falls from 11, would leave no room for the rest.
     top = 1.02 * max(run.columns["loss"][len(run.columns["loss"]) // 50] for run in runs)
@@ -210,7 +209,7 @@ def mark(panel, levels: dict[str, float]) -> None:
 @dataclass(frozen=True)
 class Options:
     log_dirs: tuple[Path, ...] = option((Path("log"),), "runs (default: log)", positional=True, metavar="LOG_DIR")
-    check: bool = option(False, "compare the loss with reference runs, and draw them; exit 1 if it is not normal")
+    check: bool = option(False, "compare the loss with reference runs; exit 1 if it is not normal")
     out: Path | None = option(None, "PNG file (default: curves.png, as above)", type=output_file, metavar="FILE")
 
 
@@ -222,12 +221,9 @@ def main(argv: list[str] | None = None) -> int:
     file = args.out or (args.log_dirs[0] if len(args.log_dirs) == 1 else Path()) / "curves.png"
     if file.suffix != ".png":
         raise UserError(f"--out {file}: the picture is a PNG; its name has to end in .png")
-    normal, reference = True, None
-    if args.check:
-        run = Run.read(args.log_dirs[0])
-        reference = reference_for(run)
-        normal = check(run, reference)
-    draw([*args.log_dirs], file, reference)
+    run = Run.read(args.log_dirs[0])
+    normal = not args.check or check(run, reference_for(run))
+    draw([*args.log_dirs], file)
     print(file)
     return 0 if normal else 1
 

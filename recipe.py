@@ -43,6 +43,7 @@ class TrainConfig:
     n_layer: int = option(12, "number of layers", low=1, high=1000)
     n_head: int = option(12, "number of attention heads per layer", low=1, high=2**24)
     n_embd: int = option(768, "number of channels", low=1, high=2**24)
+    vocab_size: int | None = option(None, "encode a text with GPT-2's first N tokens", low=257, high=50257)
     bias: bool = option(True, "use biases in linear layers and LayerNorms, as GPT-2 does")
     data: str | None = option(
         None, "directory of token shards, or UTF-8 text file (default: edu_fineweb10B/, else input.txt)", metavar="PATH"
@@ -67,7 +68,9 @@ class TrainConfig:
     grad_clip: float = option(1.0, "clip the gradient to this norm; 0 does not clip")
     dropout: float = option(0.0, "dropout probability, in embeddings, attention and residual branches", high=0.99)
     seed: int = option(1337, "seed of initial weights, data order and dropout", high=2**31)
-    device: str = option("auto", "auto takes cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = option(
+        "auto", "auto takes the first there is of these", choices=("auto", "cuda", "xpu", "mps", "cpu")
+    )
     dtype: str = option(
         "auto", "auto: bfloat16 if built in, or float16 on cuda", choices=("auto", "float32", "bfloat16", "float16")
     )

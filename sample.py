@@ -20,7 +20,7 @@ from model import GPT
 from runtime import checkpoint
 from runtime.device import choose_device, sdpa_without_cudnn
 from runtime.options import option, parse_options
-from tokens import END_OF_TEXT, gpt2_encoding
+from tokens import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,17 @@ class Options:
     top_p: float = option(1.0, "sample from the fewest tokens with this probability together", low=1e-6, high=1)
     seed: int = option(1337, "seed of the random numbers", high=10**18)
     stop: str | None = option(None, "end before this text; <|endoftext|> always ends it")
-    device: str = option("auto", "cpu, cuda, mps, or auto for the fastest", metavar="DEVICE")
+    device: str = option("auto", "cpu, cuda, xpu, mps, or auto for the fastest", metavar="DEVICE")
 
 
-def stream_text(tokens: Iterator[int], stop: str | None) -> Iterator[str]:
+def stream_text(tokens: Iterator[int], tokenizer: Tokenizer, stop: str | None) -> Iterator[str]:
     """Yield the text of the tokens as they come, up to <|endoftext|> or the text stop, without either."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end within a character
     held = ""  # an end of the text that may be the beginning of stop; the next tokens decide
     for token in tokens:
-        if token == END_OF_TEXT:
+        if token == tokenizer.end_of_text:
             break
-        held += decoder.decode(gpt2_encoding().decode_single_token_bytes(token))
+        held += decoder.decode(tokenizer.encoding.decode_single_token_bytes(token))
         if stop and stop in held:
             yield held[: held.index(stop)]
             return
@@ -56,17 +56,18 @@ def stream_text(tokens: Iterator[int], stop: str | None) -> Iterator[str]:
 
 
 @sdpa_without_cudnn()
-def print_continuation(model: GPT, prompt: str, args: Options, generator: torch.Generator) -> None:
+def print_continuation(model: GPT, tokenizer: Tokenizer, prompt: str, args: Options, generator: torch.Generator):
     """Print a continuation of the prompt, token by token."""
-    idx = torch.tensor([gpt2_encoding().encode_ordinary(prompt) or [END_OF_TEXT]], device=generator.device)  # (1, T)
+    ids = tokenizer.encoding.encode_ordinary(prompt) or [tokenizer.end_of_text]
+    idx = torch.tensor([ids], device=generator.device)  # (1, T)
     top_k, top_p = args.top_k or None, args.top_p if args.top_p < 1 else None
     steps = model.stream(idx, args.max_new_tokens, args.temperature, top_k, top_p, generator=generator)
-    for piece in stream_text((token.item() for token in steps), args.stop):
+    for piece in stream_text((token.item() for token in steps), tokenizer, args.stop):
         print(piece, end="", flush=True)
     print()
 
 
-def repl(model: GPT, args: Options, generator: torch.Generator) -> None:
+def repl(model: GPT, tokenizer: Tokenizer, args: Options, generator: torch.Generator) -> None:
     """Ask for prompts until there are no more."""
     with contextlib.suppress(ImportError):  # on Windows, which needs none
         import readline  # noqa: F401  (input() then has a history and can be edited)
@@ -77,7 +78,7 @@ def repl(model: GPT, args: Options, generator: torch.Generator) -> None:
         except (EOFError, KeyboardInterrupt):
             return print()
         with contextlib.suppress(KeyboardInterrupt):
-            print_continuation(model, prompt, args, generator)
+            print_continuation(model, tokenizer, prompt, args, generator)
 
 
 def find_prompt(args: Options) -> str | None:
@@ -102,13 +103,14 @@ def main(argv: list[str] | None = None) -> int:
     prompt = find_prompt(args)
     generator = torch.Generator(choose_device(args.device)).manual_seed(args.seed)
     name = args.model or checkpoint.newest_model()
-    model = checkpoint.load_model("--model", name).eval().to(generator.device)
+    model, tokenizer = checkpoint.load_model("--model", name)
+    model = model.eval().to(generator.device)
     if prompt is None:
-        repl(model, args, generator)
+        repl(model, tokenizer, args, generator)
         return 0
     for _ in range(args.num_samples):
         print(prompt, end="", flush=True)
-        print_continuation(model, prompt, args, generator)
+        print_continuation(model, tokenizer, prompt, args, generator)
         if args.num_samples > 1:
             print("-" * 80)
     return 0

@@ -4,7 +4,7 @@ from errors import UserError
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from runtime import checkpoint
 from runtime.device import choose_device, oom_as_user_error, sdpa_without_cudnn, tune_malloc
 from runtime.distributed import Distributed
 from runtime.options import option
+from tokens import Tokenizer, gpt2_tokenizer
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,12 @@ class Scorer:
     model: GPT
     batch_tokens: int  # at once, with padding
     dist: Distributed
+    tokenizer: Tokenizer = field(default_factory=gpt2_tokenizer)
+
+    def check_vocabulary(self) -> None:
+        """Raise UserError if the model's tokens are not GPT-2's, in which the tasks are encoded."""
+        if self.tokenizer != gpt2_tokenizer():
+            raise UserError("the model has a vocabulary of its own: evaluate.py can score --tasks text", agreed=True)
 
     @property
     def device(self) -> torch.device:
@@ -226,7 +233,9 @@ class ScoringOptions:
     """The options of a script that scores."""
 
     model: str = option("gpt2", "name on the hub, or directory", aliases=("-m", "--model_type"), metavar="MODEL")
-    device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto for the fastest", aliases=("-d",), metavar="DEVICE")
+    device: str = option(
+        "auto", "cpu, cuda, cuda:1, xpu, mps, or auto for the fastest", aliases=("-d",), metavar="DEVICE"
+    )
     dtype: str = option("float32", "precision of the weights", choices=("float32", "bfloat16", "float16"))
     batch_tokens: int | None = option(None, "tokens at once (default: 1,024; 65,536 on CUDA)", low=1, metavar="N")
 
@@ -234,8 +243,8 @@ class ScoringOptions:
         """Load the model that the options name. Raise UserError."""
         with dist.agree():
             dist.set_device(choose_device(self.device))
-            model = checkpoint.load_model("--model", self.model)
+            model, tokenizer = checkpoint.load_model("--model", self.model)
         tune_malloc()
         torch.set_float32_matmul_precision("highest")  # no TF32: the numbers are compared with those of others
         batch_tokens = self.batch_tokens or (65536 if dist.device.type == "cuda" else 1024)
-        return Scorer(model.eval().to(dist.device, getattr(torch, self.dtype)), batch_tokens, dist)
+        return Scorer(model.eval().to(dist.device, getattr(torch, self.dtype)), batch_tokens, dist, tokenizer)

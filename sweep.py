@@ -34,6 +34,7 @@ from model import GPT, GPTConfig
 from recipe import PRESETS, TrainConfig
 from runtime.device import choose_device, peak_memory
 from runtime.options import option, output_file, parse_options
+from runtime.plan import Plan
 from tokens import VOCAB_SIZE
 from train_gpt2 import Trainer, open_trainer
 
@@ -94,8 +95,9 @@ def padded_loss() -> None:
 
 
 def larger_vocabulary() -> None:
-    """Use all 50,304 logits in the softmax, as build-nanogpt does. The plan of a run reads this attribute."""
-    GPTConfig.vocab_size = 50304
+    """Use all 50,304 logits in the softmax, as build-nanogpt does."""
+    model_config = Plan.model_config.fget
+    Plan.model_config = property(lambda self: replace(model_config(self), vocab_size=50304))
 
 
 def no_cudnn() -> None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +40,10 @@ from runtime.device import (
 )
 from runtime.distributed import Distributed, StopSignals, read_environment
 from runtime.options import parse_options
-from runtime.plan import FULL_RUN, Plan, divisor_up_to, make_plan, merge_flags
+from runtime.plan import Plan, divisor_up_to, make_plan, merge_flags
 from runtime.runlog import RunLog, run_metadata
 from scoring import Scorer, make_rows
-from tokens import gpt2_encoding
+from tokens import gpt2_tokenizer
 
 PRESET_LINES = "\n".join(
     f"  {name:12}" + " ".join(f"{k}={v}" for k, v in preset.items()) for name, preset in PRESETS.items()
@@ -55,7 +56,7 @@ Ctrl-C or SIGTERM: the run finishes its step, saves a checkpoint and stops; --re
 the run at once. Exit status: 0 done, 2 wrong flags or data, 3 loss not finite, 4 disk or network, 130 Ctrl-C,
 143 SIGTERM, 1 other errors.
 
-The full reproduction: {FULL_RUN}
+The full reproduction: python fineweb.py && torchrun --standalone --nproc_per_node=8 train_gpt2.py --preset gpt2
 """
 
 
@@ -85,13 +86,16 @@ class Trainer:
         amp = dict(enabled=dtype != torch.float32, cache_enabled=not self.sharded)  # a cache keeps gathered weights
         self.autocast = torch.autocast(self.config.device, dtype, **amp)
         self.log = RunLog(self.config, dist.is_main)
+        self.tokenizer = data.tokenizer
         with dist.agree():
             dist.set_device(self.config.device)
             if data.fingerprint != plan.data_fingerprint:
                 raise UserError(f"--data {self.config.data}: rank {dist.rank} has other data than rank 0")
             T, seed = self.config.seq_len, self.config.seed
-            self.train_loader = DataLoaderLite(data.train, T, seed, shuffle_first=data.is_text)
-            self.val_loader = DataLoaderLite(data.val, T)
+            vocab_size = data.tokenizer.vocab_size
+            self.train_loader = DataLoaderLite(data.train, T, seed, data.is_text, vocab_size)
+            self.val_loader = DataLoaderLite(data.val, T, vocab_size=vocab_size)
+            self.n_val = min(self.val_loader.n_rows, max(1, self.config.eval_tokens // T))  # sequences
         self.build_model()
         for line in plan.lines:
             self.log.print(line)
@@ -101,8 +105,10 @@ class Trainer:
         if self.config.max_steps and not self.config.dry_run:  # a run of no steps only evaluates
             metadata = run_metadata(self.config, dist.size, self.raw_model.num_parameters(), data.n_tokens)
             dist.from_main(lambda: self.log.open(self.step, plan.resume_from, metadata))
+            peak = peak_flops(dist.device, self.config.dtype)
+            self.log.peak_speed = peak and peak * dist.size / self.raw_model.flops_per_token()
         self.start_loading()
-        self.writer = checkpoint.Writer(self.log.dir, self.config.keep, self.log.print)
+        self.writer = checkpoint.Writer(self.log.dir, self.config.keep, self.tokenizer, self.log.print)
         self.signals = StopSignals()
 
     def train(self) -> int:
@@ -118,7 +124,7 @@ class Trainer:
             if finished or self.stop_signal:
                 return self.finish()
             stats = self.train_step()
-            self.log.step(self.step, stats, self.mfu(stats))
+            self.log.step(self.step, stats)
             self.step += 1
 
     def train_step(self) -> StepStats:
@@ -175,13 +181,16 @@ class Trainer:
             return
         model = self.whole_model()
         if self.is_due(self.config.eval_every):
-            self.val_loss = self.evaluate(model, self.config.eval_tokens // self.config.seq_len)
-            self.log.result(self.step, "val", self.val_loss, "validation loss")
+            self.val_loss = self.evaluate(model, self.n_val)
+            bpb = self.val_loss / math.log(2) / self.bytes_per_token
+            text = f"validation loss {self.val_loss:.4f}, {bpb:.4f} bits per byte"
+            self.log.result(self.step, text, val=self.val_loss, bpb=bpb)
         if self.is_due(self.config.hellaswag_every) and self.examples:
-            self.log.result(self.step, "hella", self.evaluate_hellaswag(model), "HellaSwag accuracy")
+            hella = self.evaluate_hellaswag(model)
+            self.log.result(self.step, f"HellaSwag accuracy {hella:.4f}", hella=hella)
         if self.is_due(self.config.sample_every):
             for text in self.generate_samples(model):
-                self.log.print(f"  > {text!r}")
+                self.log.print_sample(self.step, text)
         self.stop_if_any(*self.dist.sum_scalars(*self.signals.received))  # evaluating may take minutes
 
     def whole_model(self) -> GPT:
@@ -196,7 +205,7 @@ class Trainer:
     @sdpa_without_cudnn()
     def evaluate(self, model: GPT, n_sequences: int) -> float:
         """Return the mean loss over the first n validation sequences: the same ones for any micro-batch and ranks."""
-        n, B = min(self.val_loader.n_rows, max(1, n_sequences)), self.config.micro_batch_size
+        n, B = min(self.val_loader.n_rows, n_sequences), self.config.micro_batch_size
         total = torch.zeros((), device=self.dist.device)
         for first in range(self.dist.rank * B, n, self.dist.size * B):
             rows = self.val_loader.rows(first, min(B, n - first))
@@ -207,6 +216,12 @@ class Trainer:
         (total,) = self.dist.sum_scalars(total)
         return total / n
 
+    @cached_property
+    def bytes_per_token(self) -> float:
+        """Return the mean number of bytes of the text that a target of the validation stands for."""
+        targets = self.val_loader.read(1, self.n_val * self.config.seq_len)
+        return max(1, self.tokenizer.token_bytes[targets].sum()) / len(targets)
+
     def evaluate_hellaswag(self, model: GPT) -> float:
         """Return the fraction of HellaSwag that the model gets right, by build-nanogpt's acc_norm."""
         batch_tokens = self.config.micro_batch_size * self.config.seq_len
@@ -216,13 +231,17 @@ class Trainer:
 
     @sdpa_without_cudnn()
     def generate_samples(self, model: GPT) -> list[str]:
-        """Return four continuations of a prompt by 32 tokens, always from the same random numbers."""
-        prompt = gpt2_encoding().encode_ordinary("Hello, I'm a language model,")
-        idx = torch.tensor([prompt] * 4, device=self.dist.device)
+        """Return continuations by 32 tokens, always from the same random numbers: of a customary prompt, and of the
+        first tokens of the validation data."""
+        prompts = self.tokenizer.encode("Hello, I'm a language model,"), self.val_loader.read(0, 16)
         generator = torch.Generator(self.dist.device).manual_seed(42)
-        with self.autocast:
-            rows = model.generate(idx, 32, top_k=50, generator=generator)
-        return [gpt2_encoding().decode(row) for row in rows.tolist()]
+        texts = []
+        for prompt in prompts:
+            idx = torch.tensor(prompt[None].astype(int), device=self.dist.device)  # (1, T)
+            with self.autocast:
+                (ids,) = model.generate(idx, 32, top_k=50, generator=generator).tolist()
+            texts.append(self.tokenizer.encoding.decode(ids))
+        return texts
 
     def save_checkpoint(self) -> None:
         """Copy the state and write it in a thread. Raise UserError if the weights give no finite loss."""
@@ -250,7 +269,7 @@ class Trainer:
             name = signal.Signals(self.stop_signal).name
             self.log.print(f"stopped by {name} after step {self.step - 1}; add --resume to continue")
             return 128 + self.stop_signal
-        self.dist.from_main(self.log.plot)
+        self.dist.from_main(self.log.finish)
         # A signal that came while the last checkpoint was written still sets the exit status.
         sigterm, sigint = self.dist.sum_scalars(*self.signals.received)
         return 143 if sigterm else 130 if sigint else 0
@@ -258,12 +277,6 @@ class Trainer:
     def is_due(self, every: int) -> bool:
         """Return whether something that is done every N steps, and at the end, is done at this step."""
         return every > 0 and (self.step % every == 0 or self.step == self.config.max_steps)
-
-    def mfu(self, stats: StepStats) -> float | None:
-        """Return the model FLOPs utilization of a step; None where the device's peak is not known."""
-        peak = peak_flops(self.dist.device, self.config.dtype)
-        flops = self.config.total_batch_size * self.raw_model.flops_per_token()
-        return peak and flops / (stats.seconds * peak * self.dist.size)
 
     def dry_run(self) -> int:
         """Run four steps and print what the run would take from here on: time, memory, disk."""
@@ -294,8 +307,7 @@ class Trainer:
         self.evaluate(model, batch)  # warm up
         started = time.perf_counter()
         self.evaluate(model, batch)
-        n = min(self.val_loader.n_rows, self.config.eval_tokens // self.config.seq_len)
-        return (time.perf_counter() - started) * math.ceil(n / batch)
+        return (time.perf_counter() - started) * math.ceil(self.n_val / batch)
 
     # -- The parts of the setup
 
@@ -310,7 +322,7 @@ class Trainer:
             elif self.plan.resume_from:
                 model, state = checkpoint.load(self.plan.resume_from)
             else:
-                model = checkpoint.load_model("--init_from", config.init_from)
+                model, _ = checkpoint.load_model("--init_from", config.init_from)
                 model.crop_block_size(config.seq_len)
             model.set_dropout(config.dropout)
             model.set_recompute(config.recompute == "on")
@@ -330,7 +342,7 @@ class Trainer:
 
     def read_hellaswag(self) -> list[hellaswag.Question] | None:
         """Return HellaSwag's examples; None if they are not evaluated, or cannot be had, which costs one line."""
-        if not self.config.hellaswag_every or self.config.dry_run:
+        if not self.config.hellaswag_every or self.config.dry_run or self.tokenizer != gpt2_tokenizer():
             return None
         try:
             examples = hellaswag.read_examples(hellaswag.find_file(), hellaswag.render_nanogpt)
@@ -480,7 +492,7 @@ def open_trainer(argv: list[str] | None) -> Iterator[Trainer]:
         torch.use_deterministic_algorithms(draft.config.device == "cpu")
         torch.utils.deterministic.fill_uninitialized_memory = False
         with dist.agree():
-            data = open_data(Path(draft.config.data))
+            data = open_data(Path(draft.config.data), draft.tokenizer)
         plan = dist.from_main(lambda: make_plan(draft, data, dist))
         if plan.config.shard == "off":  # a sharded run would take 1.5 times the memory
             tune_malloc()

@@ -16,7 +16,7 @@ from detokenizers import Detokenizer, lm_eval_wikitext
 from fineweb import check_texts, find_reader
 from runtime.files import download, open_zip
 from scoring import Example, Result, Scorer, split_common_prefix
-from tokens import ASSETS, encode, encode_document, gpt2_encoding
+from tokens import ASSETS, gpt2_tokenizer
 
 DATA = json.loads((ASSETS / "zero_shot.json").read_text())
 SOURCES, SHA256 = DATA["sources"], DATA["sha256"]  # of each task's file; of CBT the validation set, as in the paper
@@ -85,15 +85,15 @@ def versions(task: str, texts: list[str]) -> dict[str, list[str]]:
 
 def lambada(scorer: Scorer, task: str, texts: list[str]) -> list[Result]:
     """Predict the last word of each text (Paperno et al., 2016)."""
-    stop_ids = [ids[0] for word in STOP_WORDS if len(ids := gpt2_encoding().encode_ordinary(f" {word}")) == 1]
+    stop_ids = [ids[0] for word in STOP_WORDS if len(ids := gpt2_tokenizer().encoding.encode_ordinary(f" {word}")) == 1]
     results = []
     for version, some_texts in versions(task, texts).items():
         examples = []
         for i, text in enumerate(some_texts, start=1):
-            context = encode(text.rpartition(" ")[0])
+            context = gpt2_tokenizer().encode(text.rpartition(" ")[0])
             if not len(context):
                 raise UserError(f"{task}: record {i:,} has only one word", agreed=True)
-            examples.append(Example(context, [encode(text)[len(context) :]]))
+            examples.append(Example(context, [gpt2_tokenizer().encode(text)[len(context) :]]))
         scores = scorer.score(examples, excluded=stop_ids, name=task)
         n, last = len(texts), scores.lengths.cumsum(dim=0) - 1  # the last token of each text
         n_allowed = int(scores.all_greedy(allowed=True).sum())
@@ -116,7 +116,7 @@ def cbt(scorer: Scorer, task: str, records: list[tuple[list[str], str, list[str]
     starts = np.cumsum([0, *n_options])  # of each record's texts
     results = []
     for version, some_texts in versions(task, texts).items():
-        tokens = [encode_document(text) for text in some_texts]
+        tokens = [gpt2_tokenizer().encode_document(text) for text in some_texts]
         examples = [split_common_prefix(tokens[start:end]) for start, end in itertools.pairwise(starts)]
         sums = scorer.score(examples, name=task).sums().split(n_options)  # of each record (n_options,)
         n_right = 0
@@ -150,7 +150,7 @@ def lm_eval(scorer: Scorer, task: str, lines: list[str]) -> list[Result]:
             pages.append("")
         pages[-1] += line
     pages = [page.removesuffix("\n") for page in pages[:-1]] + pages[-1:]  # as its loader leaves them
-    documents = [encode_document(lm_eval_wikitext(page)) for page in pages]
+    documents = [gpt2_tokenizer().encode_document(lm_eval_wikitext(page)) for page in pages]
     nats, _ = scorer.score_documents(documents, scorer.model.config.block_size, task)
     n_words = sum(len(re.split(r"\s+", page)) for page in pages)  # empty strings at the ends count, as in its code
     n_bytes = sum(len(page.encode()) for page in pages)
@@ -168,7 +168,8 @@ def evaluate(scorer: Scorer, task: str, path: Path, strides: list[int], limit: i
         return lambada(scorer, task, records)
     if task.startswith("cbt"):
         return cbt(scorer, task, records)
-    streams = {version: encode_document("".join(lines)) for version, lines in versions(task, records).items()}
+    encode = gpt2_tokenizer().encode_document
+    streams = {version: encode("".join(lines)) for version, lines in versions(task, records).items()}
     originals = ["".join(records).encode()]
     if not originals[0].split():
         raise UserError(f"{path}: holds no text", agreed=True)

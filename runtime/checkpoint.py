@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, load_tokenizer
 from runtime.device import copy_to_cpu, oom_as_user_error
-from tokens import VOCAB_SIZE, sha256
+from runtime.model_card import model_card
+from tokens import Tokenizer, sha256
 
 UNFINISHED = ".unfinished-"  # prefix of what is being written or deleted, which is no checkpoint
 LOGS = "log.txt", "steps.csv"
@@ -34,18 +35,20 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be trusted; the message names the file, what was expected and what was found."""
 
 
-def save(log_dir: Path, model: GPT, trainer_state: dict, logs: dict[str, bytes], record: dict) -> Path:
+def save(log_dir: Path, model: GPT, state: dict, logs: dict[str, bytes], record: dict, tokenizer: Tokenizer) -> Path:
     """Write and return `log_dir/step_NNNNNN`. Raise UserError, and leave nothing, if the disk is full or fails."""
     final = log_dir / f"step_{record['step']:06d}"
     partial = log_dir / (UNFINISHED + final.name)
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        torch.save(trainer_state, partial / "trainer_state.pt")
+        model.save_pretrained(partial, tokenizer)
+        torch.save(state, partial / "trainer_state.pt")
         for name, content in logs.items():
             (partial / name).write_bytes(content)
         files = {p.name: dict(bytes=p.stat().st_size, sha256=sha256(p)) for p in sorted(partial.iterdir())}
         (partial / "checkpoint.json").write_bytes(encode_record(dict(record, files=files)))
+        card = model_card(record, logs["log.txt"]).encode(errors="replace")
+        (partial / "README.md").write_bytes(card)  # not hashed: its reader fills in the license
         for p in partial.iterdir():
             fsync(p)
         fsync(partial)
@@ -61,8 +64,8 @@ def save(log_dir: Path, model: GPT, trainer_state: dict, logs: dict[str, bytes],
 class Writer:
     """Writes one checkpoint at a time, in a thread, and deletes old ones."""
 
-    def __init__(self, log_dir: Path, keep: int, print_line: Callable[[str], None]):
-        self.log_dir, self.keep, self.print_line = log_dir, keep, print_line
+    def __init__(self, log_dir: Path, keep: int, tokenizer: Tokenizer, print_line: Callable[[str], None]):
+        self.log_dir, self.keep, self.tokenizer, self.print_line = log_dir, keep, tokenizer, print_line
         self.pool = ThreadPoolExecutor(max_workers=1)
         self.writing: Future | None = None
 
@@ -76,7 +79,7 @@ class Writer:
             on_cpu = copy_to_cpu(tree)
         tree.clear()  # the last references to copies on a GPU
         model = GPT.from_weights(config, on_cpu["weights"])
-        directory = save(self.log_dir, model, on_cpu["state"], logs, record)
+        directory = save(self.log_dir, model, on_cpu["state"], logs, record, self.tokenizer)
         self.print_line(f"step {record['step']}: saved {directory}")
         prune(self.log_dir, self.keep, self.print_line)
 
@@ -184,8 +187,6 @@ def read_record(path: Path) -> dict:
         del record["sha256"]
         if content != encode_record(record):
             raise ValueError("does not match its own SHA-256")
-        if "requested" in record:
-            raise ValueError(f"an earlier version of this code wrote it; --init_from {path.parent} takes its weights")
         for key, kind in RECORD.items():
             if type(record[key]) is not kind:
                 raise ValueError(f"{key} is {record[key]!r}")
@@ -217,13 +218,11 @@ def newest_model() -> str:
     return str(directories[-1])
 
 
-def load_model(flag: str, name_or_dir: str | Path) -> GPT:
-    """Return the model with GPT-2's vocabulary that this flag names: a directory, or a name on the hub."""
+def load_model(flag: str, name_or_dir: str | Path) -> tuple[GPT, Tokenizer]:
+    """Return the model that this flag names, a directory or a name on the hub, and its tokenizer."""
     with errors_of(f"{flag} {name_or_dir}: cannot be loaded as a GPT-2"):
         model = GPT.from_pretrained(name_or_dir)
-    if model.config.vocab_size < VOCAB_SIZE:
-        raise UserError(f"{flag} {name_or_dir}: has {model.config.vocab_size} tokens, not GPT-2's {VOCAB_SIZE}")
-    return model
+        return model, load_tokenizer(name_or_dir, model.config.vocab_size)
 
 
 @contextlib.contextmanager

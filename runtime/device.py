@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 # Floating-point operations of a run above which torch.compile saves more time than it takes. Compiling takes a minute
 # on a GPU and half a minute on a CPU. It then saves a third of the time on a GPU, up to 15% on a CPU (124M: nothing).
-COMPILE_PAYS = dict(cuda=5e16, cpu=1.5e14)
+COMPILE_PAYS = dict(cuda=5e16, xpu=5e16, cpu=1.5e14)
 
 # Dense matrix peak in 16 bit with float32 accumulation, FLOP/s, from the vendors' data sheets. The first pattern that
 # matches the name counts; $ excludes laptops. Of GeForce cards it is 512 × streaming multiprocessors × boost clock, for
@@ -32,7 +32,8 @@ PEAK_FLOPS = {
 
 def choose_device(name: str) -> str:
     """Return the device of that name, and for auto the fastest one. Raise UserError if there is none."""
-    available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    available = dict(cuda=torch.cuda.is_available(), xpu=torch.xpu.is_available())
+    available |= dict(mps=torch.backends.mps.is_available(), cpu=True)
     if name == "auto":
         return next(device for device in available if available[device])
     try:
@@ -61,7 +62,7 @@ def eager_reason(choice: str, device: str, flops: float) -> str | None:
     if device == "mps":
         return "torch.compile is not ready for MPS"
     if choice == "auto" and flops < COMPILE_PAYS[device]:
-        return "compiling would take longer than it saves in so short a run"
+        return "too short a run to save time by it"
     return None
 
 
@@ -75,8 +76,8 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 
 def free_memory(device: str, local_size: int) -> float:
     """Return the bytes of memory that are free for one of local_size ranks on this host."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
+    if device in ("cuda", "xpu"):
+        return getattr(torch, device).mem_get_info()[0]
     if device == "mps":
         return torch.mps.recommended_max_memory()
     meminfo = Path("/proc/meminfo")

@@ -71,9 +71,9 @@ class Distributed:
             raise UserError(message, 1) from None
 
     def set_device(self, name: str) -> None:
-        """Use this rank's device of that name: cpu, cuda or mps. Raise UserError if there are fewer than ranks."""
-        if name == "mps" and self.size > 1:
-            raise UserError(f"--device mps: one rank at most, not {self.size}; leave torchrun out, or use --device cpu")
+        """Use this rank's device of that name. Raise UserError if there are fewer than ranks."""
+        if name in ("mps", "xpu") and self.size > 1:
+            raise UserError(f"--device {name}: one rank only, not {self.size}; leave torchrun out, or use --device cpu")
         if name == "cuda":
             n = torch.cuda.device_count()
             if self.local_size > n:

@@ -4,26 +4,27 @@ from errors import UserError
 import math
 import os
 import re
+import textwrap
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from data import Data
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, load_tokenizer
 from recipe import PRESETS, TrainConfig
 from runtime import checkpoint
 from runtime.device import choose_device, choose_dtype, eager_reason, free_memory
 from runtime.distributed import Distributed
 from runtime.options import check_values
+from tokens import Tokenizer, gpt2_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-FULL_RUN = "python fineweb.py && torchrun --standalone --nproc_per_node=8 train_gpt2.py --preset gpt2"
 
 # With any of these changed, a resumed run would be another run.
 RESUME_INVARIANT = (
     "n_layer n_head n_embd bias init_from max_steps total_batch_size seq_len max_lr min_lr schedule decay_fraction "
-    "warmup_steps optimizer muon_lr_scale weight_decay grad_clip dropout seed"
+    "warmup_steps optimizer muon_lr_scale weight_decay grad_clip dropout seed vocab_size"
 ).split()
 # These may differ from machine to machine. A checkpoint records which of them were typed.
 MACHINE_OPTIONS = "device", "dtype", "compile", "micro_batch_size", "recompute", "shard"
@@ -35,7 +36,8 @@ class Plan:
 
     flags: dict  # the options that were typed
     config: TrainConfig
-    vocab_size: int
+    tokenizer: Tokenizer | None  # of the model or of --vocab_size; None is that of the data
+    vocab_size: int | None  # of the model, which may have more tokens than GPT-2's tokenizer; None is the tokenizer's
     resume_from: Path | None  # a checkpoint
     record: dict | None  # its checkpoint.json
     lines: list[str]  # what to print
@@ -52,16 +54,19 @@ def merge_flags(flags: dict, ranks: int) -> Plan:
     """Merge flags, checkpoint, --init_from, preset and defaults; leave open what make_plan decides. Raise UserError."""
     resume_from, record, lines = find_checkpoint(flags)
     machine_flags = {name: flags[name] for name in MACHINE_OPTIONS if name in flags}
-    vocab_size, options = GPTConfig.vocab_size, {}
+    tokenizer, vocab_size, options = None, None, {}
     if record is not None:
         machine_flags = record["flags"] | machine_flags
         config = resumed_config(flags, machine_flags, resume_from, record, ranks)
         vocab_size = GPTConfig.from_pretrained(resume_from).vocab_size
+        tokenizer = load_tokenizer(resume_from, vocab_size)
     else:
         if "init_from" in flags:
-            vocab_size, options = pretrained_options(flags)
+            vocab_size, tokenizer, options = pretrained_options(flags)
+        elif "vocab_size" in flags:
+            tokenizer = gpt2_tokenizer().first(flags["vocab_size"])
         config = new_config(flags, options)
-    return Plan(flags, config, vocab_size, resume_from, record, lines, machine_flags)
+    return Plan(flags, config, tokenizer, vocab_size, resume_from, record, lines, machine_flags)
 
 
 def find_checkpoint(flags: dict) -> tuple[Path | None, dict | None, list[str]]:
@@ -113,25 +118,27 @@ def resumed_config(flags: dict, machine_flags: dict, resume_from: Path, record: 
     return TrainConfig(**values)
 
 
-def pretrained_options(flags: dict) -> tuple[int, dict]:
-    """Return the vocabulary size and the options that --init_from sets. Raise UserError if flags contradict them."""
+def pretrained_options(flags: dict) -> tuple[int, Tokenizer, dict]:
+    """Return vocabulary size, tokenizer and options that --init_from sets. Raise UserError if flags contradict them."""
     with checkpoint.errors_of(f"--init_from {flags['init_from']}: cannot be loaded as a GPT-2"):
         config = GPTConfig.from_pretrained(flags["init_from"])
+        tokenizer = load_tokenizer(flags["init_from"], config.vocab_size)
     shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "bias")}
-    for name, value in shape.items():
+    for name, value in (shape | dict(vocab_size=config.vocab_size)).items():
         if flags.get(name, value) != value:
             raise UserError(f"--{name} {flags[name]}: the model of --init_from has {value}; leave the flag out")
     if flags.get("seq_len", 1) > config.block_size:
         raise UserError(f"--seq_len {flags['seq_len']}: the model of --init_from has {config.block_size} positions")
-    return config.vocab_size, shape | dict(seq_len=config.block_size, max_lr=3e-5, min_lr=None, warmup_steps=None)
+    options = shape | dict(seq_len=config.block_size, max_lr=3e-5, min_lr=None, warmup_steps=None)
+    return config.vocab_size, tokenizer, options
 
 
 def new_config(flags: dict, options: dict) -> TrainConfig:
     """Return the options of a new run: the flags, over --init_from, over the preset, over the defaults."""
     device = choose_device(flags.get("device", "auto"))
     data = flags.get("data", default_data())
-    defaults = dict(cpu="tiny", mps="small", cuda="gpt2" if Path(data).is_dir() else "small")
-    preset = flags.get("preset", defaults[device])
+    defaults = dict(cpu="tiny", cuda="gpt2" if Path(data).is_dir() else "small")
+    preset = flags.get("preset", defaults.get(device, "small"))
     values = dict(preset=preset, data=data) | PRESETS[preset] | options
     if "max_steps" in flags:
         values.pop("warmup_steps", None)  # a preset's warm-up is for its own length
@@ -141,7 +148,11 @@ def new_config(flags: dict, options: dict) -> TrainConfig:
 def default_data() -> str:
     """Return the prepared shards if there are any, else the text that comes with the project."""
     shards = ROOT / "edu_fineweb10B"
-    path = shards if shards.is_dir() and any(shards.glob("*train*")) else ROOT / "input.txt"
+    path = (
+        shards
+        if shards.is_dir() and any([*shards.glob("*train*"), *shards.glob("part-*/*train*")])
+        else ROOT / "input.txt"
+    )
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
@@ -151,7 +162,8 @@ def make_plan(plan: Plan, data: Data, dist: Distributed) -> Plan:
     if config.n_embd % config.n_head:
         divisor = divisor_up_to(config.n_head, config.n_embd)
         raise UserError(f"--n_head {config.n_head}: does not divide --n_embd {config.n_embd}; {divisor} would")
-    plan = replace(plan, config=config, data_fingerprint=data.fingerprint)
+    vocab_size = plan.vocab_size or data.tokenizer.vocab_size
+    plan = replace(plan, config=config, vocab_size=vocab_size, data_fingerprint=data.fingerprint)
     with torch.device("meta"):  # shapes alone, to count
         model = GPT(plan.model_config)
     config, reason = resolve_machine_options(config, model, dist)
@@ -265,9 +277,7 @@ def summary(plan: Plan, data: Data, model: GPT, ranks: int, reason: str | None) 
     config, new = plan.config, plan.record is None
     preset_origin = f" (default for {config.device})" if new and "preset" not in plan.flags else ""
     model_origin = f", from {config.init_from}" if config.init_from else ""
-    kind = "text" if data.is_text else f"{len(data.train)} training shards"
-    if new and data.is_text and "data" not in plan.flags:
-        kind += ", as there are no shards in edu_fineweb10B/"
+    kind = "a text" if data.is_text else f"{len(data.train)} shards"
     epochs = config.max_steps * config.total_batch_size / max(1, data.n_tokens)  # DataLoaderLite refuses 0
     steps = f"{config.max_steps:,} steps of {config.total_batch_size:,} tokens, {epochs:.2f} epochs"
     steps += "; nothing is written" if config.dry_run else f"; log and checkpoints in {config.log_dir}/"
@@ -278,9 +288,13 @@ def summary(plan: Plan, data: Data, model: GPT, ranks: int, reason: str | None) 
         f"preset   {config.preset}{preset_origin}",
         f"model    {config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels, context "
         f"{config.seq_len}, {model.num_parameters() / 1e6:,.2f}M parameters{model_origin}",
-        f"data     {config.data} ({kind}): {data.n_tokens:,} training tokens",
+        f"data     {config.data}, {kind} of {data.n_tokens:,} training tokens, vocabulary of {plan.vocab_size:,}",
         f"run      {steps if config.max_steps else 'no steps: it only evaluates, and writes nothing'}",
         f"compute  {ranks} × {config.device}, {config.dtype}, {grad_accum_steps} × {config.micro_batch_size} sequences "
         f"a step{memory}, {compiling}",
     ]
-    return [*lines, f"GPT-2 124M in full: {FULL_RUN}"] if new else lines
+    if new and not config.init_from:
+        loss = f"begins near ln {plan.vocab_size:,} = {math.log(plan.vocab_size):.2f}: each token is equally likely"
+        lines.append(f"loss     {loss}")
+    wrapping = dict(subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False)
+    return [textwrap.fill(line, 80, **wrapping) for line in lines]

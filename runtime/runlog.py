@@ -4,10 +4,13 @@ from errors import UserError, first_line, silence
 import contextlib
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
@@ -82,7 +85,7 @@ class WandB:
 class RunLog:
     """The files and the terminal of a run. It writes nothing before open(), and prints on the main rank only.
 
-    log.txt     `{step} train {loss}`, `{step} val {loss}`, `{step} hella {accuracy}`: three fields and nothing else
+    log.txt     `{step} {name} {value}`: train, val (losses), bpb (val in bits per byte), hella (accuracy)
     steps.csv   step, tokens so far, loss, lr, norm, seconds, for each optimizer step
     run.json    configuration, versions, hardware, counts
     """
@@ -92,6 +95,8 @@ class RunLog:
         self.dir = Path(config.log_dir)
         self.lock = FileLock(self.dir / ".lock")
         self.files, self.bar, self.wandb = {}, None, None
+        self.seconds = deque(maxlen=10)  # of the last steps, over which the speed is averaged
+        self.peak_speed: float | None = None  # tokens per second at an MFU of 100%, where that is known
 
     def open(self, step: int, resume_from: Path | None, metadata: dict) -> None:
         """Lock the directory, archive an earlier run or restore the logs of the resumed one, and open the logs."""
@@ -157,43 +162,56 @@ class RunLog:
         except OSError:  # the reader or the terminal is gone, like the tee of `… | tee out` at Ctrl-C; the run goes on
             silence(1)
 
-    def step(self, step: int, stats, mfu: float | None) -> None:
-        """Log an optimizer step: its StepStats, and its MFU where the device's peak is known."""
+    def step(self, step: int, stats) -> None:
+        """Log an optimizer step: its StepStats, and the speed and MFU (model FLOPs utilization) of the last steps."""
+        self.seconds.append(stats.seconds)
         batch = self.config.total_batch_size
-        tokens, speed = (step + 1) * batch, batch / stats.seconds
+        tokens, speed = (step + 1) * batch, batch * len(self.seconds) / sum(self.seconds)
         self.write("log.txt", f"{step} train {stats.loss:.9g}")
         fields = f"{stats.loss:.9g},{stats.lr:.9g},{stats.grad_norm:.9g},{stats.seconds:.6g}"
         self.write("steps.csv", f"{step},{tokens},{fields}")
         if self.wandb is not None:
             numbers = dict(train=stats.loss, lr=stats.lr, norm=stats.grad_norm)
             self.wandb.log(step, **numbers, tokens=tokens, tokens_per_second=speed)
-        shown = f"{speed:,.0f} tok/s, MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"
+        shown = f"{speed:,.0f} tok/s"
+        if self.peak_speed is not None:
+            shown += f", MFU {speed / self.peak_speed:.1%}"
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {stats.loss:.4f}, {shown}", refresh=False)
             self.bar.update()
         else:
-            left = timedelta(seconds=round(stats.seconds * (self.config.max_steps - step - 1)))
+            left = timedelta(seconds=round(batch * (self.config.max_steps - step - 1) / speed))
             line = f"step {step}: loss {stats.loss:.4f}, grad_norm {stats.grad_norm:.3f}, lr {stats.lr:.2e}, {shown}"
             self.print(f"{line}, {left} left")
 
-    def result(self, step: int, name: str, value: float, text: str) -> None:
-        """Log the result of an evaluation of the weights as they are at a step."""
-        self.write("log.txt", f"{step} {name} {value:.9g}")
+    def result(self, step: int, text: str, **values: float) -> None:
+        """Log the values of an evaluation of the weights as they are at a step, and print the text."""
+        for name, value in values.items():
+            self.write("log.txt", f"{step} {name} {value:.9g}")
         if self.wandb is not None:
-            self.wandb.log(step, **{name: value})
-        self.print(f"step {step}: {text} {value:.4f}")
+            self.wandb.log(step, **values)
+        self.print(f"step {step}: {text}")
+
+    def print_sample(self, step: int, text: str) -> None:
+        """Print a text that the model has continued, with its line breaks, in lines that fit a terminal."""
+        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)  # what a terminal could take for a command
+        lines = [part for line in text.split("\n") for part in textwrap.wrap(line, 76) or [""]]
+        self.print("\n".join([f"step {step}: sample", *(f"  | {line}".rstrip() for line in lines)]))
 
     def contents(self) -> dict[str, bytes]:
         """Return what the files hold by now."""
         return {name: (self.dir / name).read_bytes() for name in self.files}
 
-    def plot(self) -> None:
-        """Draw the curves of the run."""
-        if self.files:
-            try:
-                plot.draw([self.dir], self.dir / "curves.png")
-            except Exception as e:  # whatever it is: the run itself has ended well
-                self.print(f"no {self.dir / 'curves.png'}: {first_line(e)}")
+    def finish(self) -> None:
+        """Draw the curves of the run, and print what it leaves and what to do next."""
+        if not self.files:
+            return
+        try:
+            plot.draw([self.dir], self.dir / "curves.png")
+            self.print(f"curves: {self.dir / 'curves.png'}")
+        except Exception as e:  # whatever it is: the run itself has ended well
+            self.print(f"no {self.dir / 'curves.png'}: {first_line(e)}")
+        self.print(f"try the model: python sample.py --model {self.dir / f'step_{self.config.max_steps:06}'}")
 
 
 def run_metadata(config: TrainConfig, ranks: int, parameters: int, train_tokens: int) -> dict:

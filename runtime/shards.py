@@ -34,7 +34,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
         f.write(np.ascontiguousarray(tokens).data)
 
 
-def open_shard(path: Path) -> np.ndarray:
+def open_shard(path: Path, vocab_size: int = VOCAB_SIZE) -> np.ndarray:
     """Return a shard's token ids as a read-only memmap (n,) of uint16, once its header and size are validated."""
     if not path.is_file():  # a directory, or a pipe, at which reading would wait forever
         raise ShardError(f"{path}: is not a regular file")
@@ -47,7 +47,7 @@ def open_shard(path: Path) -> np.ndarray:
         raise ShardError(f"{path}: holds no tokens")
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(n,))
     for start in 0, max(0, n - 2048):  # its first and last page; the others are checked as they are read
-        check_ids(path.name, start, tokens[start : start + 2048])
+        check_ids(path.name, start, tokens[start : start + 2048], vocab_size)
     return tokens
 
 
@@ -80,11 +80,11 @@ def _bin_layout(path: Path) -> tuple[int, int]:
     return BIN_HEADER, n
 
 
-def check_ids(name: str, start: int, ids: np.ndarray) -> None:
-    """Raise ShardError if any of these ids of a file, from position start on, is not one of GPT-2's."""
-    if ids.max() >= VOCAB_SIZE:
-        at = int(np.argmax(ids >= VOCAB_SIZE))
-        raise ShardError(f"{name}: token {start + at:,} is {ids[at]}, but GPT-2's ids end at {VOCAB_SIZE - 1}")
+def check_ids(name: str, start: int, ids: np.ndarray, vocab_size: int) -> None:
+    """Raise ShardError if any of these ids of a file, from position start on, is not one of the vocabulary's."""
+    if ids.max() >= vocab_size:
+        at = int(np.argmax(ids >= vocab_size))
+        raise ShardError(f"{name}: token {start + at:,} is {ids[at]}, but its vocabulary ends at {vocab_size - 1}")
 
 
 def split_of(name: str) -> str | None:
@@ -109,6 +109,25 @@ def shard_paths(directory: Path, split: str) -> list[Path]:
     if not chosen:
         raise ShardError(f'{directory}: none of its {len(shards)} shards has the word "{split}" in its name')
     return chosen
+
+
+def part_name(part: str) -> str:
+    """Return the directory's name of a part "i/N". Raise ShardError if it is not one."""
+    i, n = map(int, part.split("/")) if re.fullmatch(r"[1-9]\d{0,4}/[1-9]\d{0,4}", part) else (0, 0)
+    if not 1 <= i <= n:
+        raise ShardError(f"--part {part}: must be i/N, from 1/N to N/N")
+    return f"part-{i:05}-of-{n:05}"
+
+
+def find_parts(directory: Path) -> list[Path]:
+    """Return the parts of a directory in order; if it has none, itself. Raise ShardError if they are not complete."""
+    found = sorted(p.name for p in directory.glob("part-*-of-*") if p.is_dir())
+    n = int(found[-1][-5:]) if found and found[-1][-5:].isdecimal() else 0
+    names = [part_name(f"{i}/{n}") for i in range(1, n + 1)]
+    if found != names or (found and find_shards(directory)):
+        differ = ", ".join(sorted({*found} ^ {*names})) or "shards beside the parts"
+        raise ShardError(f"{directory}: of {n} parts, these are missing or do not belong there: {differ}")
+    return [directory / name for name in names] or [directory]
 
 
 def read_manifest(directory: Path) -> dict:
@@ -145,8 +164,9 @@ def write_manifest(directory: Path, manifest: dict) -> None:
         f.write((json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
 
 
-def check_manifest(directory: Path, found: dict, key: str = "tokens") -> None:
-    """Compare shards, by name their tokens or sha256, with manifest.json. Raise ShardError naming all that differs."""
+def check_manifest(directory: Path, found: dict, key: str = "tokens") -> dict:
+    """Compare shards, by name their tokens or sha256, with manifest.json, and return that. Raise ShardError naming all
+    that differs."""
     manifest = read_manifest(directory)
     if not manifest["complete"]:
         raise ShardError(f"{directory}: not all of its shards are written yet: give the command again that began it")
@@ -158,3 +178,4 @@ def check_manifest(directory: Path, found: dict, key: str = "tokens") -> None:
             wrong.append(f"{name}: {has} there, but manifest.json says {says}")
     if wrong:
         raise ShardError(f"{directory}: {'; '.join(wrong)}; restore the files that differ")
+    return manifest

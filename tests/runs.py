@@ -19,7 +19,7 @@ TINY = (
 ).split()
 
 # The parts of a checkpoint's record that hold options.
-ASKED = {"requested", "flags", "config"}
+ASKED = {"flags", "config"}
 
 
 def train(*flags, status: int = 0) -> None:

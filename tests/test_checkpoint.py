@@ -15,6 +15,7 @@ import tokens
 from conftest import SMALL, assert_same_run, read_log, record, resume, run_in_process, weights
 from model import GPT, GPTConfig
 from runtime import checkpoint
+from tokens import gpt2_tokenizer
 
 
 def flip(path: Path, bit: int) -> None:
@@ -28,10 +29,12 @@ def flip(path: Path, bit: int) -> None:
 def test_no_flipped_bit_and_no_truncation_is_loaded(tmp_path):
     """300 bits and 20 lengths, in all files of the newest checkpoint in turn: the one before is found each time."""
     rng = random.Random(0)
-    model, logs = GPT(GPTConfig(8, 512, 1, 1, 8)), dict.fromkeys(checkpoint.LOGS, b"a line\n")
+    model, logs = GPT(GPTConfig(8, 512, 1, 1, 8)), dict.fromkeys(checkpoint.LOGS, b"0 train 1\n")
     for step in 5, 10:
-        saved = checkpoint.save(tmp_path, model, dict(optimizer=torch.zeros(1000)), logs, record(step))
-    files = sorted(saved.iterdir())
+        saved = checkpoint.save(
+            tmp_path, model, dict(optimizer=torch.zeros(1000)), logs, record(step), gpt2_tokenizer()
+        )
+    files = sorted(p for p in saved.iterdir() if p.name != "README.md")  # which its reader completes
     assert {"checkpoint.json", "model.safetensors", "trainer_state.pt", *logs} <= {path.name for path in files}
     for i in range(320):
         path = files[i % len(files)]
@@ -55,12 +58,12 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, text, monkeypa
     run_in_process(*flags, tmp_path / "prompt")
     save = checkpoint.save
 
-    def late_save(log_dir, model, state, logs, record):
+    def late_save(log_dir, model, state, logs, record, *args):
         deadline = time.monotonic() + 60
         while record["step"] == 4 and "\n7 train" not in (log_dir / "log.txt").read_text():
             assert time.monotonic() < deadline, "training does not go on"
             time.sleep(0.01)
-        return save(log_dir, model, state, logs, record)
+        return save(log_dir, model, state, logs, record, *args)
 
     monkeypatch.setattr(checkpoint, "save", late_save)
     run_in_process(*flags, tmp_path / "late")

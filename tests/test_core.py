@@ -23,7 +23,7 @@ from conftest import ROOT, launcher, perturbed
 from model import GPTConfig
 from runtime.distributed import Distributed
 from scoring import Scorer
-from tokens import END_OF_TEXT, gpt2_encoding
+from tokens import END_OF_TEXT, gpt2_tokenizer
 
 # Three tasks of eight records: a question and choices; a beginning, two ways to go on, and the end; a text and its end.
 TEXTS = dict(
@@ -68,7 +68,7 @@ def sequences(task, records, i):
     texts = [Template(TEMPLATES[kind]).render(shots=shots, record=record, by=by, option=o) for o in options]
     if kind == "language_modeling":
         texts[0] = texts[0].strip()
-    rows = [[END_OF_TEXT, *gpt2_encoding().encode_ordinary(text)] for text in texts]
+    rows = [[END_OF_TEXT, *gpt2_tokenizer().encoding.encode_ordinary(text)] for text in texts]
     same = len(os.path.commonprefix([row[::-1] for row in rows] if kind == "schema" else rows))
     if kind == "language_modeling":
         assert len(rows.pop(0)) == same
@@ -111,7 +111,9 @@ def prepared(tmp_path_factory):
             for i in (6, 4, 1, 2, 7) if label == "endings" else ():
                 ((row, n),) = sequences(task, records[label], i)
                 tokens = model.generate(torch.tensor([row[:-n][2 - block_size :]]), 2, temperature=0)[0, -2:]
-                records[label][i]["continuation"] = gpt2_encoding().decode(tokens.tolist()) + " Lisbon" * (i == 6)
+                records[label][i]["continuation"] = gpt2_tokenizer().encoding.decode(tokens.tolist()) + " Lisbon" * (
+                    i == 6
+                )
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in made]
             (bundle / "eval_data" / task["dataset_uri"]).write_text("".join(lines), encoding="utf-8")
             right[label] = [is_right(hf, task, records[label], i) for i in range(8)]

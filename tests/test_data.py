@@ -90,14 +90,14 @@ def test_bad_token_id_is_named_with_shard_and_position():
     files[1][1][7] = 50257
     loader = DataLoaderLite(files, 4)
     loader.rows(0, 2)
-    with pytest.raises(ShardError, match="shard 1: token 7 is 50257, but GPT-2's ids end at 50256"):
+    with pytest.raises(ShardError, match="shard 1: token 7 is 50257, but its vocabulary ends at 50256"):
         loader.rows(4, 1)
 
 
 def test_text_keeps_its_last_tenth_for_validation(text):
     data = open_data(text)
     (_, train), (_, val) = data.train[0], data.val[0]
-    decode = tokens.gpt2_encoding().decode
+    decode = tokens.gpt2_tokenizer().encoding.decode
     content = text.read_text()
     assert decode(train.tolist()) == content[:36000] and decode(val.tolist()) == content[36000:]
 

@@ -53,7 +53,7 @@ def test_only_training_uses_cudnn(passes, tmp_path, text, monkeypatch):
     monkeypatch.setattr("hellaswag.find_file", lambda: RECORDS)
     flags = "--data", text, "--log_dir", tmp_path / "log", "--seq_len", 128, "--total_batch_size", 512
     done = run_in_process(*SMALL, *flags, "--max_steps", 2, "--hellaswag_every", 1, "--sample_every", 1)
-    assert "HellaSwag accuracy" in done.stdout and "> \"Hello, I'm" in done.stdout
+    assert "HellaSwag accuracy" in done.stdout and "  | Hello, I'm" in done.stdout
     assert passes == {True: {True}, False: {False}}
 
 

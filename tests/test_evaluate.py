@@ -24,7 +24,7 @@ from model import GPT, GPTConfig
 from runtime.distributed import Distributed
 from runtime.shards import write_shard
 from scoring import Result, Scorer
-from tokens import END_OF_TEXT, gpt2_encoding
+from tokens import END_OF_TEXT, gpt2_tokenizer
 
 SHARED = ROOT.parent / "shared/data"
 TEXT = BOOKS_TEXT.read_text()[5000:8000]
@@ -88,7 +88,7 @@ def stream_nats(hf, tokens, stride, block_size=64) -> float:
 
 
 def stream(*texts) -> list[int]:
-    return [token for text in texts for token in (END_OF_TEXT, *gpt2_encoding().encode_ordinary(text))]
+    return [token for text in texts for token in (END_OF_TEXT, *gpt2_tokenizer().encoding.encode_ordinary(text))]
 
 
 def evaluate_json(*flags, status=0) -> dict:
@@ -152,11 +152,13 @@ def test_default_is_newest_checkpoint_and_validation_text(here, model_dir, hf, c
 
 
 def lambada_baseline(hf, texts) -> dict[tuple[str, str], float]:
-    stop_ids = [ids[0] for w in zero_shot.STOP_WORDS if len(ids := gpt2_encoding().encode_ordinary(" " + w)) == 1]
+    stop_ids = [
+        ids[0] for w in zero_shot.STOP_WORDS if len(ids := gpt2_tokenizer().encoding.encode_ordinary(" " + w)) == 1
+    ]
     n_right, n_allowed, n_last, nats, last_nats, n_tokens = 0, 0, 0, 0.0, 0.0, 0
     for text in texts:
-        tokens = gpt2_encoding().encode_ordinary(text)
-        n = len(tokens) - len(gpt2_encoding().encode_ordinary(text[: text.rindex(" ")]))
+        tokens = gpt2_tokenizer().encoding.encode_ordinary(text)
+        n = len(tokens) - len(gpt2_tokenizer().encoding.encode_ordinary(text[: text.rindex(" ")]))
         window = tokens[-65:]
         logprobs, greedy = last_logprobs(hf, window, n)
         with torch.no_grad():
@@ -181,9 +183,9 @@ def with_greedy_ends(hf, texts, excluded=()) -> list[str]:
     ended = []
     for text in texts:
         with torch.no_grad():
-            logits = hf(torch.tensor([gpt2_encoding().encode_ordinary(text)[-64:]])).logits[0, -1]
+            logits = hf(torch.tensor([gpt2_tokenizer().encoding.encode_ordinary(text)[-64:]])).logits[0, -1]
         logits[list(excluded)] = -math.inf
-        words = (gpt2_encoding().decode([token]) for token in logits.argsort(descending=True).tolist())
+        words = (gpt2_tokenizer().encoding.decode([token]) for token in logits.argsort(descending=True).tolist())
         ended.append(text + next(word for word in words if word.startswith(" ") and word[1:].isalpha()))
     return ended
 
@@ -200,7 +202,9 @@ def test_lambada_equals_straightforward_loop(here, model_dir, hf):
 
 
 def test_stop_words_are_not_predicted(here, model_dir, hf):
-    stop_ids = [ids[0] for w in zero_shot.STOP_WORDS if len(ids := gpt2_encoding().encode_ordinary(" " + w)) == 1]
+    stop_ids = [
+        ids[0] for w in zero_shot.STOP_WORDS if len(ids := gpt2_tokenizer().encoding.encode_ordinary(" " + w)) == 1
+    ]
     with torch.no_grad():  # a model that always finds a stop word most likely
         model = GPT.from_pretrained(model_dir)
         model.transformer.ln_f.weight.zero_()
@@ -209,7 +213,10 @@ def test_stop_words_are_not_predicted(here, model_dir, hf):
     from transformers import GPT2LMHeadModel
 
     hf = GPT2LMHeadModel.from_pretrained(here / "model").eval()
-    texts = [PASSAGES[0] + gpt2_encoding().decode([stop_ids[5]]), *with_greedy_ends(hf, PASSAGES[1:3], stop_ids)]
+    texts = [
+        PASSAGES[0] + gpt2_tokenizer().encoding.decode([stop_ids[5]]),
+        *with_greedy_ends(hf, PASSAGES[1:3], stop_ids),
+    ]
     (here / "lambada.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in texts))
     results = evaluate_json("--tasks", "lambada", "--model", "model", "--data_dir", here, "--device", "cpu")["lambada"]
     found = {(r["convention"], r["metric"]): r["value"] for r in results}

@@ -178,7 +178,7 @@ def test_the_script(model_dir, tmp_path):
     "flags, message",
     [
         (["-m", "nowhere/at/all"], "--model nowhere/at/all: "),
-        (["-m", "FEW"], "has 1000 tokens, not GPT-2's 50257"),
+        (["-m", "FEW"], "the model has a vocabulary of its own: evaluate.py can score --tasks text"),
         (["-m", "MODEL", "--data", "nowhere.jsonl"], "--data nowhere.jsonl: no such file"),
         (["-m", "MODEL", "-d", "cuda"], "--device cuda: PyTorch finds no such device here"),
         (["-m", "MODEL", "-d", "gpu"], "--device gpu: PyTorch finds no such device here"),
@@ -207,7 +207,7 @@ def test_the_script(model_dir, tmp_path):
 )
 def test_the_script_s_errors_are_one_line(model_dir, tmp_path, capsys, monkeypatch, flags, message):
     if "FEW" in flags:
-        GPT(GPTConfig(8, 1000, 1, 1, 8)).save_pretrained(tmp_path)
+        GPT(GPTConfig(8, 1000, 1, 1, 8)).save_pretrained(tmp_path)  # with the first tokens of GPT-2's vocabulary
     if "NAN" in flags or "HUGE" in flags:
         model = GPT.from_pretrained(model_dir)
         model.transformer.ln_f.weight.data[3] = float("nan") if "NAN" in flags else 1e30

@@ -16,7 +16,7 @@ from model import GPT
 from runtime.distributed import Distributed
 from runtime.shards import write_shard
 from scoring import Scorer
-from tokens import gpt2_encoding
+from tokens import gpt2_tokenizer
 
 RECORDS = ROOT / "tests/data/hellaswag_100.jsonl"
 PROMPT = "ROMEO:"
@@ -28,7 +28,7 @@ def here(tmp_path_factory):
     its greedy text is varied, and each token of it clearly the most likely one."""
     here = tmp_path_factory.mktemp("here")
     text = BOOKS_TEXT.read_text()
-    ids = gpt2_encoding().encode_ordinary(text[text.index(PROMPT) :][:1000])[: 2 * 64 + 1]
+    ids = gpt2_tokenizer().encoding.encode_ordinary(text[text.index(PROMPT) :][:1000])[: 2 * 64 + 1]
     for split in "train", "val":
         write_shard(here / f"{split}_000000.npy", np.array(ids, dtype=np.uint16))
     flags = "--n_embd 64 --seq_len 64 --total_batch_size 128 --max_steps 50 --max_lr 1e-2 --save_every 0".split()
@@ -41,12 +41,12 @@ def here(tmp_path_factory):
 def greedy(here) -> str:
     """The prompt and the 50 tokens that the model generates after it."""
     model = GPT.from_pretrained(here / "log/step_000550").eval()
-    prompt = gpt2_encoding().encode_ordinary(PROMPT)
+    prompt = gpt2_tokenizer().encoding.encode_ordinary(PROMPT)
     ids = model.generate(torch.tensor([prompt]), 50, temperature=0)  # (1, T)
     best, second = model(ids)[0, len(prompt) - 1 : -1].topk(2).values.unbind(dim=-1)  # (50) each
     # Others differ by 1e-4 at most (tests/test_model.py): no rounding decides a token.
     assert (best - second).min() > 0.1 and len(set(ids[0].tolist())) > 25
-    return gpt2_encoding().decode(ids[0].tolist())
+    return gpt2_tokenizer().encoding.decode(ids[0].tolist())
 
 
 def recipe(here, first_line: str) -> str:

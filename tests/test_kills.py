@@ -134,16 +134,16 @@ def test_death_before_any_line_leaves_a_good_checkpoint(tmp_path, monkeypatch):
         return trace
 
     monkeypatch.setattr(os, "fsync", lambda fd: None)  # a process that dies takes no written byte along
-    log, logs = tmp_path / "log", dict.fromkeys(checkpoint.LOGS, b"a line\n")
+    log, logs = tmp_path / "log", dict.fromkeys(checkpoint.LOGS, b"0 train 1\n")
     log.mkdir()
     for step in 5, 10:
-        checkpoint.save(log, *state(step), logs, record(step))
+        checkpoint.save(log, *state(step), logs, record(step), tokens.gpt2_tokenizer())
     files = checkpoint.__file__, tokens.__file__, GPT.save_pretrained.__code__.co_filename, shutil.__file__
     seen, found, new = on_disk(), [10], state(15)
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        checkpoint.save(log, *new, logs, record(15))
+        checkpoint.save(log, *new, logs, record(15), tokens.gpt2_tokenizer())
         failures = []
         checkpoint.prune(log, 1, failures.append)
     finally:

@@ -169,7 +169,9 @@ def test_model_trained_with_muon_is_gpt2(text, one_rank):
     theirs = GPT2LMHeadModel.from_pretrained(one_rank / "step_000024").eval()
     ours = GPT.from_pretrained(one_rank / "step_000024").eval()
     content = text.read_text()
-    ids = torch.tensor(tokens.gpt2_encoding().encode_ordinary(content[len(content) * 9 // 10 :]))[: 8 * 32 + 1]
+    ids = torch.tensor(tokens.gpt2_tokenizer().encoding.encode_ordinary(content[len(content) * 9 // 10 :]))[
+        : 8 * 32 + 1
+    ]
     x = ids[:-1].view(8, 32)
     logits = theirs(x).logits
     torch.testing.assert_close(ours(x), logits, atol=1e-4, rtol=0)

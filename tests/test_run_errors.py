@@ -156,7 +156,9 @@ def test_run_ends_well_with_a_closed_stream(here, launch, fd, name):
         *TINY, "--max_steps", 2, "--save_every", 1, fault=f"import os, sys; os.close({fd}); sys.{name} = None"
     )
     assert not done.stderr and ("step 1" in done.stdout) == (fd == 2)
-    assert len(Path("log/log.txt").read_text().splitlines()) == 4  # two of training, two of validation
+    assert (
+        len(Path("log/log.txt").read_text().splitlines()) == 6
+    )  # two of training, two of validation with two values each
     assert Path("log/step_000002").is_dir() and len([*Path("log").glob("old-*")]) == 1
 
 
@@ -164,7 +166,7 @@ def test_full_stdout_does_not_end_the_run(here, launch):
     """Nor does a terminal that is gone; the log files have all that counts."""
     shutil.rmtree("log")
     launch(*TINY, fault="import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 1)")
-    assert len(Path("log/log.txt").read_text().splitlines()) == 11 and Path("log/step_000008").is_dir()
+    assert len(Path("log/log.txt").read_text().splitlines()) == 14 and Path("log/step_000008").is_dir()
 
 
 def test_closed_stderr_does_not_hide_the_status(here, launch):

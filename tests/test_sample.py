@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import sample
 from conftest import ENVIRONMENT, command, perturbed, run
 from model import GPTConfig
-from tokens import END_OF_TEXT, gpt2_encoding
+from tokens import END_OF_TEXT, gpt2_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +30,25 @@ def model_dir(tmp_path_factory):
 @given(st.text(max_size=40), st.text(min_size=1, max_size=3) | st.none())
 def test_streamed_text_ends_before_the_stop(text, stop):
     """Whatever the tokens, no character comes in halves; a stop string is found wherever tokens end."""
-    tokens = [token for character in text for token in gpt2_encoding().encode_ordinary(character)]
-    parts = [*sample.stream_text(iter([*tokens, END_OF_TEXT, 11]), stop)]
+    tokens = [token for character in text for token in gpt2_tokenizer().encoding.encode_ordinary(character)]
+    parts = [*sample.stream_text(iter([*tokens, END_OF_TEXT, 11]), gpt2_tokenizer(), stop)]
     assert "".join(parts) == (text.split(stop)[0] if stop else text)
     assert "\ufffd" in text or not any("\ufffd" in piece for piece in parts)
 
 
 def test_text_comes_as_soon_as_it_is_decided():
-    encoding = gpt2_encoding()
+    encoding = gpt2_tokenizer().encoding
     flag = [*map(encoding.encode_single_token, [b"\xf0\x9f", b"\x98", b"\x80"])]
     assert encoding.decode(flag) == "😀"
-    assert [*sample.stream_text(iter([464, *flag, 1770, 13, 383]), "Mr.")] == ["The", "", "", "😀", " ", ""]
-    assert [*sample.stream_text(iter([464, *flag[:2]]), None)] == [
+    assert [*sample.stream_text(iter([464, *flag, 1770, 13, 383]), gpt2_tokenizer(), "Mr.")] == [
+        "The",
+        "",
+        "",
+        "😀",
+        " ",
+        "",
+    ]
+    assert [*sample.stream_text(iter([464, *flag[:2]]), gpt2_tokenizer(), None)] == [
         "The",
         "",
         "",

@@ -70,7 +70,7 @@ def train_ranks(text, log_dir, *flags, script="train_gpt2.py"):
 def straightforward_loop(theirs, text, T, R, lrs, seed, decay, clip, muon_lr_scale=None, amp=contextlib.nullcontext):
     """Return loss and gradient norm of each step, by code that shares none of ours, over the network of transformers."""
     content = text.read_text()
-    ids = np.array(tokens.gpt2_encoding().encode_ordinary(content[: len(content) * 9 // 10]))
+    ids = np.array(tokens.gpt2_tokenizer().encoding.encode_ordinary(content[: len(content) * 9 // 10]))
     n = (len(ids) - 1) // T
     order = np.concatenate([np.random.default_rng((seed, e)).permutation(n) for e in range(len(lrs) * R // n + 1)])
     # For Muon the blocks' matrices, (in, out) here: query, key and value, beside each other in c_attn, are three.
@@ -311,7 +311,7 @@ def test_ctrl_c_that_also_ends_the_reader_saves_a_checkpoint(tmp_path, text):
 def test_log_files_and_checkpoints_of_a_run(tmp_path, text, drawn_curves):
     done = train(text, tmp_path, "--sample_every", 8, "--keep", 1, "--save_every", 2)
     lines = (tmp_path / "log.txt").read_text().splitlines()
-    expected = "0 val,0 train,1 train,2 train,3 train,4 val,4 train,5 train,6 train,7 train,8 val"
+    expected = "0 val,0 bpb,0 train,1 train,2 train,3 train,4 val,4 bpb,4 train,5 train,6 train,7 train,8 val,8 bpb"
     assert [line.rsplit(" ", 1)[0] for line in lines] == expected.split(",")
     table = list(csv.DictReader(open(tmp_path / "steps.csv")))
     assert list(table[0]) == ["step", "tokens", "loss", "lr", "norm", "seconds"]
@@ -323,15 +323,17 @@ def test_log_files_and_checkpoints_of_a_run(tmp_path, text, drawn_curves):
     assert [p.name for p in tmp_path.glob("step_*")] == ["step_000008"]  # the newest, and the best
     last = tmp_path / "step_000008"
     assert sorted(p.name for p in last.iterdir()) == [
-        "checkpoint.json", "config.json", "generation_config.json", "log.txt", "merges.txt", "model.safetensors",
-        "steps.csv", "tokenizer_config.json", "trainer_state.pt", "vocab.json",
+        "README.md", "checkpoint.json", "config.json", "generation_config.json", "log.txt", "merges.txt",
+        "model.safetensors", "steps.csv", "tokenizer.json", "tokenizer_config.json", "trainer_state.pt", "vocab.json",
     ]  # fmt: skip
     for name in "log.txt", "steps.csv":
         assert (last / name).read_bytes() == (tmp_path / name).read_bytes()
     record = json.loads((last / "checkpoint.json").read_text())
     assert f"{record['validation_loss']:.9g}" == read_log(tmp_path, "val")[8] and record["evaluated"]
-    assert done.stdout.count("> \"Hello, I'm a language model,") == 8  # four before, four after
-    assert "tok/s" in done.stdout and "left" in done.stdout and "MFU n/a" in done.stdout
+    assert done.stdout.count("  | Hello, I'm a language model,") == 2 and done.stdout.count(": sample\n") == 4
+    assert "tok/s" in done.stdout and "left" in done.stdout and "MFU" not in done.stdout  # unknown for a CPU
+    end = f"curves: {tmp_path}/curves.png\ntry the model: python sample.py --model {tmp_path}/step_000008\n"
+    assert done.stdout.endswith(end)
 
 
 def test_best_checkpoint_by_validation_loss_is_kept(tmp_path, text):
@@ -348,7 +350,7 @@ def test_last_checkpoint_holds_the_weights_evaluated(tmp_path, text):
     train(text, tmp_path, "--save_every", 0)
     flags = "--data", text, "--init_from", tmp_path / "step_000008", "--log_dir", tmp_path / "evaluation"
     done = run_in_process(*SHAPELESS, *flags, "--max_steps", 0)
-    assert f"step 0: validation loss {losses(tmp_path, 'val')[8]:.4f}\n" in done.stdout
+    assert f"step 0: validation loss {losses(tmp_path, 'val')[8]:.4f}, " in done.stdout
     assert not (tmp_path / "evaluation").exists()  # it only evaluates
 
 
@@ -359,7 +361,7 @@ def test_validation_tokens_are_the_same_for_any_micro_batch(tmp_path, text):
     train_ranks(text, tmp_path / "b", *options, 1)
     model = GPT2LMHeadModel.from_pretrained(tmp_path / "a/step_000001").eval()
     content = text.read_text()
-    ids = torch.tensor(tokens.gpt2_encoding().encode_ordinary(content[len(content) * 9 // 10 :]))
+    ids = torch.tensor(tokens.gpt2_tokenizer().encoding.encode_ordinary(content[len(content) * 9 // 10 :]))
     window = ids[: 9 * 32 + 1]
     logits = model(window[:-1].view(9, 32)).logits
     expected = F.cross_entropy(logits.flatten(0, 1), window[1:]).item()
@@ -403,7 +405,7 @@ def test_fine_tuning_takes_its_shape_from_the_model(tmp_path, text):
 
 
 def test_shards_of_both_formats_give_the_same_run(tmp_path, text):
-    ids = np.array(tokens.gpt2_encoding().encode_ordinary(text.read_text()), dtype=np.uint16)
+    ids = np.array(tokens.gpt2_tokenizer().encoding.encode_ordinary(text.read_text()), dtype=np.uint16)
     logs = []
     for kind in "npy", "bin":
         (tmp_path / kind).mkdir()
@@ -536,11 +538,15 @@ def test_first_command_runs_as_printed(clone):
     assert process.wait() == 143
     assert lines[0] == "preset   tiny (default for cpu)"
     assert lines[1] == "model    4 layers, 4 heads, 256 channels, context 128, 16.06M parameters"
-    assert lines[2] == ("data     input.txt (text, as there are no shards in edu_fineweb10B/): 10,968 training tokens")
+    assert lines[2] == "data     input.txt, a text of 10,968 training tokens, vocabulary of 50,257"
     assert lines[3] == "run      550 steps of 2,048 tokens, 102.70 epochs; log and checkpoints in log/"
     assert lines[4].startswith("compute  1 × cpu, ") and " × 16 sequences a step, " in lines[4]
-    full_run = "python fineweb.py && torchrun --standalone --nproc_per_node=8 train_gpt2.py --preset gpt2"
-    assert lines[5] == f"GPT-2 124M in full: {full_run}"
+    assert "loss     begins near ln 50,257 = 10.82: each token is equally likely" in lines[5:8]
+    assert max(map(len, lines)) <= 80  # of a terminal
+    # The prompts are the customary one, and the beginning of the validation text.
+    samples = "\n".join(line.removeprefix("  |").removeprefix(" ") for line in lines if line.startswith("  |"))
+    text = (clone / "input.txt").read_text()
+    assert samples.startswith("Hello, I'm a language model,") and text[len(text) * 9 // 10 :].strip()[:12] in samples
     assert checkpoint.newest(clone / "log")[1]["step"] == len(read_log(clone / "log"))
 
 
@@ -560,5 +566,5 @@ def test_evaluation_on_two_ranks_equals_one_and_the_log(tmp_path, text):
     flags = *SHAPELESS, "--data", text, "--init_from", tmp_path / "first/step_000002", "--max_steps", 0
     flags += "--log_dir", tmp_path / "none", "--total_batch_size", 64
     for done in run_in_process(*flags), run_ranks("train_gpt2.py", *flags):
-        value = float(re.search(r"^step 0: validation loss (\S+)$", done.stdout, re.MULTILINE)[1])
+        value = float(re.search(r"^step 0: validation loss ([\d.]+), ", done.stdout, re.MULTILINE)[1])
         assert value == pytest.approx(losses(tmp_path / "first", "val")[2], abs=0.6e-4)  # printed with four digits
