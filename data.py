@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runtime.shards import ShardError, check_ids, check_manifest, find_parts, open_shard, part_name, shard_paths
+from runtime.shards import ShardError, check_ids, check_manifest, find_parts, open_shard, shard_paths
 from tokens import VOCAB_SIZE, Tokenizer, gpt2_tokenizer, sha256
 
 Files = list[tuple[str, np.ndarray]]  # names, and token ids (n,) of uint16
@@ -59,24 +59,27 @@ def open_data(path: Path, tokenizer: Tokenizer | None = None) -> Data:
 
 def open_shards(path: Path, tokenizer: Tokenizer | None) -> Data:
     """Open a directory of shards, or of parts, one after the other. Raise OSError, ValueError or ShardError."""
-    train, val, fingerprint, origins = [], [], {}, []
-    for i, part in enumerate(find_parts(path)):
+    train, val, fingerprint, parts = [], [], {}, find_parts(path)
+    origin = None  # of the first part
+    for i, part in enumerate(parts, start=1):
         name = "" if part == path else f"{part.name}/"
         own = Tokenizer.load(part) if (part / "merges.txt").exists() else gpt2_tokenizer()
         tokenizer = tokenizer or own
         if own != tokenizer:
-            raise ValueError(f"{name}its vocabulary of {own.vocab_size:,} tokens is not the model's or --vocab_size")
+            raise ValueError(f"{name or path} has another vocabulary than the model, --vocab_size, or the first part")
         counts = {}
-        for split, files in [("train", train), ("val", val)][: 2 if i == 0 else 1]:  # validation is in the first part
+        for split, files in (("train", train), ("val", val))[: 2 if i == 1 else 1]:  # validation is in the first part
             for p in shard_paths(part, split):
                 files.append((name + p.name, open_shard(p, own.vocab_size)))
                 fingerprint[name + p.name] = counts[p.name] = len(files[-1][1])
-        if (part / "manifest.json").exists():
+        if name or (part / "manifest.json").exists():
             manifest = check_manifest(part, counts)
-            origins.append([manifest.get(key) for key in ("source", "text_column")])
-            is_here = not name or part_name(manifest.get("part", "")) == part.name
-            if manifest.get("tokenizer", own.sha256) != own.sha256 or origins[-1] != origins[0] or not is_here:
-                raise ValueError(f"{name}manifest.json: is of another vocabulary, source or part than there is here")
+            ours = [manifest.get(key) for key in ("source", "text_column")]
+            origin = origin or ours
+            if manifest.get("tokenizer", own.sha256) != own.sha256:
+                raise ValueError(f"{name}manifest.json: its shards are of another vocabulary than merges.txt there")
+            if name and [manifest.get("part"), *ours] != [f"{i}/{len(parts)}", *origin]:
+                raise ValueError(f"{name}manifest.json: is of another source or another part")
             fingerprint[f"{name}manifest.json"] = sha256(part / "manifest.json")
     return Data(train, val, is_text=False, tokenizer=tokenizer, fingerprint=fingerprint)
 

@@ -264,7 +264,7 @@ class ShardWriter:
         except MemoryError:
             raise UserError(f"--shard_size {settings['shard_size']}: a shard must fit in memory") from None
         self.filled = 0  # tokens in the buffer
-        self.first_split = "val" if settings.get("part", "1/1").startswith("1/") else "train"
+        self.first_split = "val" if (settings["part"] or "1/1").startswith("1/") else "train"
         self.manifest = open_manifest(directory, settings)
         self.cursor = Cursor(**self.manifest.get("cursor", {}))
         for shard in self.manifest["shards"]:
@@ -320,24 +320,25 @@ def prepare(args: "Options") -> None:
         name = args.name or ("sample-10BT" if args.dataset == Options.dataset else None)
         source = dict(dataset=args.dataset, name=name, split=args.split)
         source["revision"] = find_revision(args.out_dir, args.dataset)
+    i, n = map(int, (args.part or "1/1").split("/"))
 
     def open_files() -> list[Iterator[str]]:
         if args.files:
-            return [check_texts(find_reader(p)(p, args.text_column), args.text_column, str(p)) for p in paths]
-        return open_dataset(**source, column=args.text_column)
+            files = [check_texts(find_reader(p)(p, args.text_column), args.text_column, str(p)) for p in paths]
+        else:
+            files = open_dataset(**source, column=args.text_column)
+        if n > len(files):
+            raise UserError(f"--part {args.part}: the source has {len(files):,} files, so there can be no more parts")
+        return files
 
     tokenizer = find_tokenizer(args, open_files)
     settings = dict(source=source, text_column=args.text_column, tokenizer=tokenizer.sha256)
-    settings |= dict(shard_size=args.shard_size, limit_tokens=args.limit_tokens)
-    settings |= dict(part=args.part) if args.part else {}
+    settings |= dict(shard_size=args.shard_size, limit_tokens=args.limit_tokens, part=args.part)
     out = ShardWriter(args.out_dir, settings)
     if not out.manifest["complete"]:
         if out.manifest["shards"]:
             print(f"{args.out_dir}: continuing after {out.describe()}")
-        i, n = map(int, (args.part or "1/1").split("/"))
-        if n > len(files := open_files()):
-            raise UserError(f"--part {args.part}: the source has {len(files):,} files, so there can be no more parts")
-        encode_and_write(files[i - 1 :: n], tokenizer, out, args)
+        encode_and_write(open_files()[i - 1 :: n], tokenizer, out, args)
     print(f"{args.out_dir} is complete: {out.describe()}")
 
 
@@ -410,7 +411,9 @@ def find_revision(out_dir: Path, dataset: str) -> str | None:
 
     for directory in (out_dir, *sorted(out_dir.parent.glob("part-*-of-*"))):  # or that other parts were begun with
         if (directory / "manifest.json").exists():
-            return shards.read_manifest(directory)["source"].get("revision")
+            source = shards.read_manifest(directory)["source"]
+            if directory == out_dir or source.get("dataset") == dataset:
+                return source.get("revision")
     with hub_errors(dataset):
         return HfApi().dataset_info(dataset).sha
 

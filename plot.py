@@ -77,6 +77,15 @@ def reference_for(run: Run) -> list[Run]:
     return [log for log in logs if all(log.config[key] == run.config.get(key) for key in SHAPE)]
 
 
+def differing(run: Run, reference: list[Run]) -> set[str]:
+    """Return the options, but for the seed, that make a run another recipe than its reference."""
+    from runtime.plan import RESUME_INVARIANT  # which imports torch
+
+    recipe = reference[0].config
+    material = {*RESUME_INVARIANT, "eval_tokens"} - {"seed"}  # all others change the loss by no more than a seed does
+    return {key for key in material & run.config.keys() & recipe.keys() if run.config[key] != recipe[key]}
+
+
 def bands(reference: list[Run]) -> dict[str, dict[int, tuple[float, float]]]:
     """Return the range in which a normal run stays, as {curve: {step: (low, high)}}.
 
@@ -97,14 +106,10 @@ def bands(reference: list[Run]) -> dict[str, dict[int, tuple[float, float]]]:
 
 def check(run: Run, reference: list[Run]) -> bool:
     """Print whether the run so far is within the bands, and where it first leaves them. Raise UserError."""
-    from runtime.plan import RESUME_INVARIANT  # which imports torch
-
     if not reference:
         known = ", ".join(f"--preset {path.name} --data input.txt" for path in sorted(REFERENCE.iterdir()))
         raise UserError(f"{run.name}: no reference has its network, its data and its tokens a step; there is {known}")
-    recipe, curves = reference[0].config, run.curves
-    material = {*RESUME_INVARIANT, "eval_tokens"} - {"seed"}  # all others change the loss by no more than a seed does
-    other = {key for key in material & run.config.keys() & recipe.keys() if run.config[key] != recipe[key]}
+    recipe, curves, other = reference[0].config, run.curves, differing(run, reference)
     if "eval_tokens" in other:
         del curves["validation"]  # it is of other tokens
     if not any(curves.values()):
@@ -143,7 +148,8 @@ def draw(log_dirs: list[Path], file: Path) -> None:
     time = max((unit for unit in TIME if any(sum(run.columns["seconds"]) >= unit for run in runs)), default=1)
     for i, run in enumerate(runs):
         draw_run(axes, run, COLORS[i % len(COLORS)], tokens, time)
-    if len(runs) == 1 and (reference := reference_for(runs[0])):
+    reference = reference_for(runs[0]) if len(runs) == 1 else []
+    if reference and not differing(runs[0], reference):
         draw_bands(axes["loss by tokens"], runs[0], reference, tokens)
     # The first fiftieth of the losses, which falls from 11, would leave no room for the rest.
     top = 1.02 * max(run.columns["loss"][len(run.columns["loss"]) // 50] for run in runs)

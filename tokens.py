@@ -21,10 +21,11 @@ VOCAB_SIZE = END_OF_TEXT + 1
 WHITESPACE, NO_WHITESPACE = r"[^\S\x1c-\x1f]", r"[\S\x1c-\x1f]"  # what tiktoken's \s matches, four fewer than Python's
 LONG_RUN = 100_000  # characters of whitespace; tiktoken fails at a million
 
-# The bytes in the order of their tokens. The files show those that cannot be printed as the characters from 256 on.
+# The bytes, in the order of their tokens, by the characters that stand for them in the files: those that can be printed
+# stand for themselves, the characters from 256 on for the others.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES = PRINTABLE + [b for b in range(256) if b not in PRINTABLE]
-BYTE_OF = {chr(b if b in PRINTABLE else 256 + i - len(PRINTABLE)): b for i, b in enumerate(BYTES)}
+OTHERS = [b for b in range(256) if b not in PRINTABLE]
+BYTE_OF = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
 
 _thread = threading.local()
 

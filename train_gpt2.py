@@ -233,7 +233,10 @@ class Trainer:
     def generate_samples(self, model: GPT) -> list[str]:
         """Return continuations by 32 tokens, always from the same random numbers: of a customary prompt, and of the
         first tokens of the validation data."""
-        prompts = self.tokenizer.encode("Hello, I'm a language model,"), self.val_loader.read(0, 16)
+        prompts = (
+            self.tokenizer.encode("Hello, I'm a language model,"),
+            self.val_loader.read(0, min(16, self.config.seq_len)),
+        )
         generator = torch.Generator(self.dist.device).manual_seed(42)
         texts = []
         for prompt in prompts:
@@ -342,9 +345,11 @@ class Trainer:
 
     def read_hellaswag(self) -> list[hellaswag.Question] | None:
         """Return HellaSwag's examples; None if they are not evaluated, or cannot be had, which costs one line."""
-        if not self.config.hellaswag_every or self.config.dry_run or self.tokenizer != gpt2_tokenizer():
+        if not self.config.hellaswag_every or self.config.dry_run:
             return None
         try:
+            if self.tokenizer != gpt2_tokenizer():
+                raise UserError("its tokens are GPT-2's", 4)
             examples = hellaswag.read_examples(hellaswag.find_file(), hellaswag.render_nanogpt)
             make_rows(examples, self.config.seq_len + 1)  # raises if one does not fit
             return examples

@@ -31,10 +31,12 @@ def model_card(record: dict, log: bytes) -> str:
         if name != "train":
             results.setdefault(step, {})[name] = f"{float(value):.4f}"
     rows = [" | ".join([step, *(r.get(name, "") for name in ("val", "bpb", "hella"))]) for step, r in results.items()]
-    names = {key: Path(config[key]).name for key in ("data", "init_from", "resume", "log_dir") if config.get(key)}
+    start, names = config["init_from"], {key: Path(config[key] or "").name for key in ("data", "resume", "log_dir")}
+    if start and Path(start).exists():  # no name on the hub
+        names["init_from"] = start = Path(start).name
     return CARD.format(
         **config | names,
-        origin=f"Fine-tuned from {names['init_from']}" if config["init_from"] else "Trained from scratch",
+        origin=f"Fine-tuned from {start}" if start else "Trained",
         tokens=record["step"] * config["total_batch_size"],
         rows="\n".join(f"| {row} |" for row in rows),
         options=json.dumps(config | names, indent=1),

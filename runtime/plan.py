@@ -58,8 +58,9 @@ def merge_flags(flags: dict, ranks: int) -> Plan:
     if record is not None:
         machine_flags = record["flags"] | machine_flags
         config = resumed_config(flags, machine_flags, resume_from, record, ranks)
-        vocab_size = GPTConfig.from_pretrained(resume_from).vocab_size
-        tokenizer = load_tokenizer(resume_from, vocab_size)
+        with checkpoint.errors_of(f"--resume {resume_from}: cannot be loaded"):
+            vocab_size = GPTConfig.from_pretrained(resume_from).vocab_size
+            tokenizer = load_tokenizer(resume_from, vocab_size)
     else:
         if "init_from" in flags:
             vocab_size, tokenizer, options = pretrained_options(flags)

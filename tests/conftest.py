@@ -209,7 +209,8 @@ def perturbed(config: GPTConfig, seed: int = 0, std: float = 0.05) -> GPT:
 
 def record(step: int, **values) -> dict:
     """Return the record of a checkpoint of no particular run."""
-    config = dict(n_layer=1, n_head=1, n_embd=8, init_from=None, data="data", total_batch_size=8)
+    config = dict(n_layer=1, n_head=1, n_embd=8, init_from=None, data="data", resume=None, log_dir="log")
+    config |= dict(total_batch_size=8)
     return dict(step=step, ranks=1, flags={}, config=config, data={}, evaluated=False, validation_loss=None) | values
 
 

@@ -1,6 +1,6 @@
 """What a GPU needs of the scripts, as far as a CPU can show it."""
 
-from errors import run_script
+from errors import UserError, run_script
 
 import numpy as np
 import pytest
@@ -180,3 +180,19 @@ def test_checkpoint_is_copied_on_a_gpu_where_it_fits(monkeypatch, room, out_of_m
     for name, tensor in tree.items():
         tensor += 1
         assert torch.equal(copies[name], torch.arange(2500.0))
+
+
+def test_xpu_is_chosen_and_asked_for_its_memory(monkeypatch):
+    """With PyTorch's calls for Intel's GPUs, on none: as `cuda` is, where there is no CUDA."""
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    monkeypatch.setattr(torch.xpu, "mem_get_info", lambda: (7e9, 8e9))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert device.choose_device("auto") == "xpu" and device.free_memory("xpu", 1) == 7e9
+    assert device.choose_dtype("auto", "xpu") == "float32" and device.choose_dtype("bfloat16", "xpu") == "bfloat16"
+    assert device.eager_reason("auto", "xpu", 1e17) is None and device.eager_reason("auto", "xpu", 1e15)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # ROCm is this one, too
+    assert device.choose_device("auto") == "cuda"
+    ranks = Distributed()
+    ranks.size = 2
+    with pytest.raises(UserError, match="--device xpu: one rank only, not 2"):
+        ranks.set_device("xpu")

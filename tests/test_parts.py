@@ -4,6 +4,7 @@ from errors import UserError, run_script
 import json
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -88,7 +89,7 @@ def test_missing_and_foreign_parts_are_refused(source, whole, tmp_path):
     (tmp_path / "c/part-00001-of-00002").rename(tmp_path / "c/old")
     (tmp_path / "b/part-00001-of-00002").rename(tmp_path / "b-old")
     (tmp_path / "c/old").rename(tmp_path / "b/part-00001-of-00002")
-    with pytest.raises(UserError, match="part-00002-of-00002/manifest.json: is of another vocabulary, source"):
+    with pytest.raises(UserError, match="part-00002-of-00002/manifest.json: is of another source or another part"):
         open_data(tmp_path / "b")
 
 
@@ -114,10 +115,47 @@ def test_parts_get_the_same_trained_tokenizer(source, tmp_path):
     assert open_data(tmp_path).tokenizer.vocab_size == 400
 
 
+def test_copied_tokenizer_is_used_by_all_parts(source, tmp_path):
+    """vocab.json and merges.txt in --out_dir, where the parts are made."""
+    for name, content in gpt2_tokenizer().first(300).files.items():
+        (tmp_path / name).write_bytes(content)
+    for i in 1, 2:
+        assert make_part(source, tmp_path, f"{i}/2") == 0
+    data = open_data(tmp_path)
+    assert data.tokenizer == gpt2_tokenizer().first(300)
+    (first, *_) = (json.loads(line)["text"] for line in (source / "0.jsonl").read_text().splitlines())
+    expected = [299, *gpt2_tokenizer().first(300).encode(first)]
+    assert data.val[0][1][: len(expected)].tolist() == expected[:700]
+
+
+def test_shards_beside_parts_are_refused(source, whole, tmp_path):
+    np.save(shutil.copytree(whole, tmp_path / "whole") / "x_train_000001.npy", np.zeros(9, dtype=np.uint16))
+    with pytest.raises(UserError, match="do not belong there: shards beside the parts"):
+        open_data(tmp_path / "whole")
+
+
+def test_part_by_another_part_s_name_is_refused(source, tmp_path):
+    for i in 1, 2, 3:
+        make_part(source, tmp_path, f"{i}/3")
+    names = [tmp_path / f"part-0000{i}-of-00003" for i in (2, 3)]
+    names[0].rename(tmp_path / "old")
+    names[1].rename(names[0])
+    (tmp_path / "old").rename(names[1])
+    with pytest.raises(UserError, match="part-00002-of-00003/manifest.json: is of another source or another part"):
+        open_data(tmp_path)
+
+
+@pytest.mark.parametrize("flags", ["--part 1/2", "--train_tokenizer 300"])
+def test_ready_shards_have_neither_parts_nor_other_tokens(tmp_path, capsys, flags):
+    assert run_script(fineweb.main, ["--pretokenized", "1", "--out_dir", str(tmp_path), *flags.split()]) == 2
+    assert "--pretokenized: these shards are ready, without --part and --train_tokenizer" in capsys.readouterr().err
+
+
 def test_commands_of_the_data_page_are_valid():
     page = (ROOT / "docs/data.md").read_text()
     commands = re.findall(r"^python fineweb\.py ((?:.*\\\n)*.*?)(?:  +#.*)?$", page, re.MULTILINE)
     assert len(commands) > 8
     for command in commands:
-        words = shlex.split(command.replace("\\\n", " ").replace('"$SLURM_ARRAY_TASK_ID/16"', "3/16"))
-        assert parse_options(fineweb.Options, words, "") or not words
+        command = command.replace("\\\n", " ").replace("$SLURM_ARRAY_TASK_ID", "3").replace("$SLURM_CPUS_PER_TASK", "4")
+        words = shlex.split(command)
+        assert len(parse_options(fineweb.Options, words, "")) == sum(word.startswith("--") for word in words)

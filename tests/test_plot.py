@@ -218,6 +218,17 @@ def test_the_reference_is_of_the_presets_as_they_are():
         assert log_dir.name == f"seed-{config['seed']}"
 
 
+def test_picture_of_one_run_has_its_reference(figure, tmp_path):
+    """As a run draws it at its end; there is none for several runs, or for another recipe."""
+    log_dir = plot.REFERENCE / "tiny/seed-1"
+    plot.draw([log_dir], tmp_path / "x.png")
+    plot.draw([log_dir, log_dir], tmp_path / "y.png")
+    plot.draw([write_run(tmp_path / "a")], tmp_path / "z.png")
+    legends = [{text.get_text() for text in drawn.axes[0].get_legend().get_texts()} for drawn in figure]
+    bands = {"normal training loss of tiny", "normal validation loss of tiny"}
+    assert bands < legends[0] and not bands & (legends[1] | legends[2])
+
+
 @pytest.mark.parametrize("log_dir", SEEDS, ids=lambda d: f"{d.parent.name}-{d.name}")
 def test_each_reference_seed_is_normal_among_the_others(log_dir, capsys):
     log = plot.Run.read(log_dir)

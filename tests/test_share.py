@@ -9,10 +9,13 @@ from pathlib import Path
 import gguf
 import pytest
 from huggingface_hub import ModelCard
+from huggingface_hub.cli import hf as cli
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from conftest import BOOKS_TEXT, ENVIRONMENT, ROOT, SMALL, read_log, run_in_process
+from runtime.checkpoint import verify
 from runtime.model_card import model_card
 from tokens import gpt2_tokenizer
 
@@ -32,17 +35,19 @@ def test_model_card_is_one_of_the_hub_s(checkpoint):
     for step in 0, 4, 8:
         val, bpb = (float(read_log(checkpoint.parent, name)[step]) for name in ("val", "bpb"))
         assert f"| {step} | {val:.4f} | {bpb:.4f} |  |" in card.text
-    assert "Trained from scratch, on 2,048 tokens of `text.txt`" in card.text
+    assert "Trained, on 2,048 tokens of `text.txt`" in card.text
     options = json.loads(re.search(r"```json\n(.*?)```", card.text, re.DOTALL)[1])
     config = json.loads((checkpoint / "checkpoint.json").read_text())["config"]
-    assert options == config | dict(data="text.txt", log_dir="log")  # no path of this machine
+    assert options == config | dict(data="text.txt", log_dir="log", resume="")  # no path of this machine
     assert str(checkpoint.parent.parent) not in card.content
 
 
 def test_model_card_of_a_fine_tuned_model_with_hellaswag():
-    config = dict(init_from="gpt2", data="x/y", total_batch_size=100, n_layer=1, n_head=2, n_embd=3)
+    config = dict(
+        init_from="a/gpt2", data="x/y", resume=None, log_dir="z", total_batch_size=100, n_layer=1, n_head=2, n_embd=3
+    )
     card = model_card(dict(step=50, config=config), b"0 train 3.5\n50 val 3.25\n50 bpb 1\n50 hella 0.3\n")
-    assert "Fine-tuned from gpt2, on 5,000 tokens of `y`" in card and "| 50 | 3.2500 | 1.0000 | 0.3000 |" in card
+    assert "Fine-tuned from a/gpt2, on 5,000 tokens of `y`" in card and "| 50 | 3.2500 | 1.0000 | 0.3000 |" in card
 
 
 def test_tokenizer_json_equals_the_other_files(checkpoint):
@@ -85,7 +90,22 @@ def test_notebook_images_keep_their_packages():
         assert re.search(rf"already satisfied: {name} in", done.stdout, re.IGNORECASE), done.stdout
 
 
-def test_command_of_the_docs_uploads_without_trainer_state():
-    hf = Path(sys.executable).with_name("hf")
-    done = subprocess.run([hf, "upload", "--help"], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "--exclude" in done.stdout and "LOCAL_PATH" in done.stdout.upper()
+def test_command_of_the_docs_uploads_what_others_need(checkpoint):
+    command = re.search(r"^hf upload (.*)$", (ROOT / "docs/share.md").read_text(), re.MULTILINE)[1]
+    upload = cli.app.get_command(None, "upload").materialize()
+    options = upload.make_context("upload", command.split()).params
+    assert options["repo_id"] == "USER/NAME" and options["local_path"] == "log/step_000550"
+    assert options["path_in_repo"] is None
+    excluded = options["exclude"]
+    files = [p.name for p in checkpoint.iterdir()]
+    left = set(filter_repo_objects(files, ignore_patterns=excluded))
+    assert set(files) - left == {"trainer_state.pt", "checkpoint.json"}
+    assert not any(str(checkpoint.parent.parent).encode() in (checkpoint / name).read_bytes() for name in left)
+
+
+def test_completed_card_does_not_hinder_a_resume(checkpoint):
+    """Its license is for the reader to fill in."""
+    card = checkpoint / "README.md"
+    card.write_text(card.read_text().replace("# license: fill in, for example mit", "license: mit"))
+    assert ModelCard.load(card).data.license == "mit"
+    verify(checkpoint)

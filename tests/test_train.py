@@ -14,6 +14,8 @@ import sys
 import termios
 import time
 import weakref
+from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from itertools import repeat
 from types import SimpleNamespace
@@ -27,6 +29,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tokens
+import train_gpt2
 from conftest import (
     BOOKS_TEXT,
     ENVIRONMENT,
@@ -45,9 +48,10 @@ from conftest import (
 )
 from model import GPT, GPTConfig
 from recipe import TrainConfig
-from runtime import checkpoint
+from runtime import checkpoint, plan
 from runtime.device import choose_dtype, tune_malloc
 from runtime.distributed import Distributed
+from runtime.runlog import RunLog
 from runtime.shards import write_shard
 from train_gpt2 import Trainer
 
@@ -568,3 +572,28 @@ def test_evaluation_on_two_ranks_equals_one_and_the_log(tmp_path, text):
     for done in run_in_process(*flags), run_ranks("train_gpt2.py", *flags):
         value = float(re.search(r"^step 0: validation loss ([\d.]+), ", done.stdout, re.MULTILINE)[1])
         assert value == pytest.approx(losses(tmp_path / "first", "val")[2], abs=0.6e-4)  # printed with four digits
+
+
+def test_speed_is_that_of_the_last_ten_steps(tmp_path, capsys):
+    config = replace(plan.new_config(dict(device="cpu", log_dir=str(tmp_path)), {}), max_steps=100)
+    log = RunLog(config, is_main=True)
+    seconds = [9.0, *[1.0] * 9, 2.0, 4.0]  # the first step is the slowest
+    log.peak_speed = 10 * config.total_batch_size
+    for step, duration in enumerate(seconds):
+        log.step(step, train_gpt2.StepStats(4.0, 1.0, 1e-3, duration))
+    lines = capsys.readouterr().out.splitlines()
+    for step in 0, 9, 11:
+        last = seconds[max(0, step - 9) : step + 1]
+        speed = config.total_batch_size * len(last) / sum(last)
+        left = timedelta(seconds=round((99 - step) * sum(last) / len(last)))
+        assert f"{speed:,.0f} tok/s, MFU {len(last) / sum(last) / 10:.1%}, {left} left" in lines[step]
+        assert len(lines[step]) <= 80 + len(", MFU 10.0%")
+
+
+def test_samples_are_lines_of_text_and_not_commands_to_a_terminal(capsys):
+    log = RunLog(plan.new_config(dict(device="cpu"), {}), is_main=True)
+    log.print_sample(7, "A line\n\n\x1b[31mred\ttab\x07 " + "word " * 40)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["step 7: sample", "  | A line", "  |"]
+    assert lines[3].startswith("  | \ufffd[31mred") and "\x07" not in "".join(lines) and "\x1b" not in "".join(lines)
+    assert len(lines) > 5 and max(map(len, lines)) <= 80

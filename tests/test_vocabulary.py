@@ -19,6 +19,8 @@ import hellaswag
 import sample
 from conftest import BOOKS_TEXT, ROOT, SMALL, read_log, run_in_process, weights
 from data import open_data
+from model import GPT, GPTConfig, load_tokenizer
+from runs import rewrite_record
 from runtime.shards import find_shards
 from tokens import Tokenizer, gpt2_tokenizer
 
@@ -147,11 +149,11 @@ def test_shards_of_gpt2_get_no_other_vocabulary(tmp_path, capsys):
 def test_shards_without_their_tokenizer_are_refused(greek, tmp_path):
     shards = shutil.copytree(greek[0] / "shards", tmp_path / "shards")
     (shards / "merges.txt").unlink()
-    with pytest.raises(UserError, match="manifest.json: is of another vocabulary"):
+    with pytest.raises(UserError, match="manifest.json: its shards are of another vocabulary"):
         open_data(shards)
     for name, content in gpt2_tokenizer().first(V).files.items():
         (shards / name).write_bytes(content)
-    with pytest.raises(UserError, match="manifest.json: is of another vocabulary"):
+    with pytest.raises(UserError, match="manifest.json: its shards are of another vocabulary"):
         open_data(shards)
 
 
@@ -240,19 +242,81 @@ def test_fine_tuning_encodes_the_text_with_the_model_s_tokens(greek, run, tmp_pa
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--data SHARDS --vocab_size 300", "its vocabulary of 380 tokens is not the model's or --vocab_size"),
+        ("--data SHARDS --vocab_size 300", "has another vocabulary than the model, --vocab_size, or the first part"),
         ("--data TEXT --vocab_size 256", "--vocab_size 256: must be from 257 to 50257"),
         ("--data TEXT --init_from MODEL --vocab_size 300", "--vocab_size 300: the model of --init_from has 380"),
-        ("--data SHARDS --init_from GPT2", "its vocabulary of 380 tokens is not the model's"),
+        ("--data SHARDS --init_from GPT2", "has another vocabulary than the model"),
         ("--data TEXT --resume MODEL --vocab_size 300", "vocab_size None → 300"),
     ],
 )
 def test_vocabularies_that_do_not_fit_together_are_refused(greek, run, tmp_path, flags, message):
-    from model import GPT, GPTConfig
-
     GPT(GPTConfig(32, n_layer=2, n_head=2, n_embd=32)).save_pretrained(tmp_path / "gpt2")
     names = dict(SHARDS=greek[0] / "shards", TEXT=greek[0] / "text.txt", MODEL=run / "step_000008")
     flags = [str((names | dict(GPT2=tmp_path / "gpt2")).get(flag, flag)) for flag in flags.split()]
     small = [] if "--resume" in flags else SMALL[SMALL.index("--seq_len") :]
     done = run_in_process(*small, *flags, "--device", "cpu", "--log_dir", tmp_path / "log", status=2)
     assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_checkpoint_of_earlier_code_resumes(text, tmp_path):
+    """Its record has no vocab_size, and there is neither tokenizer.json nor a model card."""
+    flags = *SMALL, "--data", text, "--log_dir"
+    run_in_process(*flags, tmp_path / "whole")
+    run_in_process(*flags, tmp_path / "log")
+    shutil.rmtree(tmp_path / "log/step_000008")
+    old = tmp_path / "log/step_000004"
+    for name in "tokenizer.json", "README.md":
+        (old / name).unlink()
+
+    def forget(record: dict) -> None:
+        del record["config"]["vocab_size"], record["files"]["tokenizer.json"]
+
+    rewrite_record(old, forget)
+    done = run_in_process(*flags, tmp_path / "log", "--resume")
+    assert "at step 4: nothing changed" in done.stdout
+    assert read_log(tmp_path / "log") == read_log(tmp_path / "whole")
+    assert weights(tmp_path / "log") == weights(tmp_path / "whole")
+
+
+def test_model_with_more_tokens_than_gpt2_trains_and_resumes(text, tmp_path):
+    """build-nanogpt's has 50,304; its tokenizer is GPT-2's."""
+    GPT(GPTConfig(32, 50304, 2, 2, 32)).save_pretrained(tmp_path / "model")
+    assert len(theirs(tmp_path / "model")) == 50257
+    flags = *SMALL[SMALL.index("--seq_len") :], "--data", text, "--log_dir", tmp_path / "log"
+    run_in_process(*flags, "--init_from", tmp_path / "model")
+    shutil.rmtree(tmp_path / "log/step_000008")
+    done = run_in_process("--resume", tmp_path / "log/step_000004", "--device", "cpu")
+    assert "at step 4: nothing changed" in done.stdout
+    assert json.loads((tmp_path / "log/step_000008/config.json").read_text())["vocab_size"] == 50304
+
+
+@pytest.mark.parametrize("size, fits", [(380, True), (400, False), (300, False), (50257, False)])
+def test_model_and_tokenizer_of_different_sizes(tmp_path, size, fits):
+    GPT(GPTConfig(8, size, 1, 1, 8)).save_pretrained(tmp_path, gpt2_tokenizer().first(380))
+    if fits:
+        assert load_tokenizer(tmp_path, size).vocab_size == 380
+    else:
+        with pytest.raises(ValueError, match=rf"has {size} tokens, and its tokenizer .* 380"):
+            load_tokenizer(tmp_path, size)
+
+
+def test_model_of_the_hub_without_network_is_not_taken_for_gpt2(monkeypatch, tmp_path):
+    """Its vocabulary may be in files that are not in the cache; that of OpenAI's models is known."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert load_tokenizer("gpt2", 50257) == gpt2_tokenizer()
+    with pytest.raises(OSError):
+        load_tokenizer("someone/model", 50257)
+
+
+def test_files_that_are_no_vocabulary_are_named(tmp_path):
+    for name, content in gpt2_tokenizer().first(300).files.items():
+        (tmp_path / name).write_bytes(content)
+    ids = json.loads((tmp_path / "vocab.json").read_text())
+    (tmp_path / "vocab.json").write_text(json.dumps({token: (i + 1) % 300 for token, i in ids.items()}))
+    with pytest.raises(ValueError, match="vocab.json is not the bytes, the tokens of merges.txt, and"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na bc\n")
+    with pytest.raises(ValueError, match="'a bc' does not merge two earlier tokens into a new one"):
+        Tokenizer.load(tmp_path)

@@ -20,7 +20,16 @@ from nbclient import NotebookClient
 NOTEBOOK = Path(__file__).resolve().parent.parent / "walkthrough.ipynb"
 
 # Cells whose output depends on the last bits of float32: text that is sampled, and details of the learned weights.
-VARIABLE = {"first-sample", "neighbors", "trades", "interactive", "generate", "own-sample", "own-evaluation"}
+VARIABLE = {
+    "first-sample",
+    "neighbors",
+    "trades",
+    "interactive",
+    "generate",
+    "own-sample",
+    "own-wandb",
+    "own-evaluation",
+}
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
