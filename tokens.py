@@ -105,7 +105,7 @@ class Tokenizer:
     @cached_property
     def token_bytes(self) -> np.ndarray:
         """Return the number of bytes of each token, (vocab_size,). <|endoftext|> has none."""
-        return np.array([*map(len, [*self.vocab][:-1]), 0])
+        return np.array([*map(len, [*self.vocab][:-1]), 0], dtype=np.uint16)
 
     @cached_property
     def tokenizer_json(self) -> bytes:
