@@ -19,6 +19,7 @@ import sweep
 import train_gpt2
 from conftest import ROOT, run
 from model import GPT, GPTConfig
+from runtime.plan import Plan
 from sweep import CHANGES, Change, Options, measure_variant
 
 # A network small enough for a test, here and in the children.
@@ -42,7 +43,7 @@ if __name__ == "__main__":
 def small(monkeypatch):
     """The network is small, and what a variant's patch changes is restored."""
     patched = [(GPT, "__init__"), (GPT, "forward"), (F, "scaled_dot_product_attention"), (torch.optim, "AdamW")]
-    patched += [(GPTConfig, "vocab_size"), (GPTConfig, "padded_vocab_size"), (torch, "set_float32_matmul_precision")]
+    patched += [(Plan, "model_config"), (GPTConfig, "padded_vocab_size"), (torch, "set_float32_matmul_precision")]
     for owner, name in patched:
         monkeypatch.setattr(owner, name, getattr(owner, name))
     monkeypatch.setitem(train_gpt2.PRESETS, "tiny", dict(train_gpt2.PRESETS["tiny"]))
@@ -73,6 +74,7 @@ def test_change_keeps_the_gradient(args, monkeypatch, change):
     # Sums of float32 in another order; bfloat16 rounds at 4e-3; 47 more tokens of 50,304 take part of each probability.
     limit = dict(residual=2e-2, nanogpt=2e-2).get(change, 1e-5)
     assert 0 <= result["gradient_error"] <= limit
+    assert (result["gradient_error"] > 1e-5) == (change in ("residual", "nanogpt"))  # the change is one
     assert len(result["seconds"]) == 2 and result["tokens_per_second"] > 0 and result["peak_memory_gb"] > 0.1
     assert result["attention"] == ("explicit" if change == "no_sdpa" else "flash")
     assert result["micro_batch_size"] == dict(half_batch=1, double_batch=4).get(change, 2)
