@@ -143,7 +143,8 @@ def test_full_disk_ends_a_sharded_run_and_loses_nothing(tmp_path, text):
     log, undisturbed = tmp_path / "log", tmp_path / "undisturbed"
     flags = *RUN, "--data", text, "--shard", "--max_steps", 10, "--save_every", 3
     run_ranks("train_gpt2.py", *flags, "--log_dir", undisturbed)
-    fault = at_step(4, "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))")
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))"
+    fault = at_step(4, f"trainer.writer.writing.result(); {limit}")  # the checkpoint of step 3 is complete
     script = with_fault(tmp_path, "checkpoint.Writer.failed = False\n" + fault)  # learn of it as late as possible
     done = run_ranks(script, *flags, "--log_dir", log, status=4)
     assert done.statuses == [4, 4]
