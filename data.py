@@ -68,7 +68,8 @@ def open_shards(path: Path, tokenizer: Tokenizer | None) -> Data:
         if own != tokenizer:
             raise ValueError(f"{name or path} has another vocabulary than the model, --vocab_size, or the first part")
         counts = {}
-        for split, files in (("train", train), ("val", val))[: 2 if i == 1 else 1]:  # validation is in the first part
+        splits = dict(train=train, val=val) if i == 1 else dict(train=train)  # the first part has the validation shard
+        for split, files in splits.items():
             for p in shard_paths(part, split):
                 files.append((name + p.name, open_shard(p, own.vocab_size)))
                 fingerprint[name + p.name] = counts[p.name] = len(files[-1][1])

@@ -59,10 +59,10 @@ def find_data(task: str, args: Options) -> tuple[Path, str]:
     else:
         path = hellaswag.find_file() if task == "hellaswag" else zero_shot.find_file(task, args.data_dir)
     files = [path]
-    if path.is_dir():
-        files = (
-            shard_paths(find_parts(path)[0], "val") if task == "text" else sorted(filter(Path.is_file, path.rglob("*")))
-        )
+    if path.is_dir() and task == "text":
+        files = shard_paths(find_parts(path)[0], "val")
+    elif path.is_dir():
+        files = sorted(filter(Path.is_file, path.rglob("*")))
     hashes = [sha256(file) for file in files]
     return path, hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 

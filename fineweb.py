@@ -353,18 +353,19 @@ def find_tokenizer(args: "Options", open_files: Callable[[], list[Iterator[str]]
             print(f"training a tokenizer, on the first {TRAINING_DOCUMENTS:,} documents at most")
             documents = itertools.islice(itertools.chain.from_iterable(open_files()), TRAINING_DOCUMENTS)
             tokenizer = Tokenizer.train(documents, size)
-        if tokenizer is None:
-            return gpt2_tokenizer()
-        if size not in (None, tokenizer.vocab_size):
-            raise ValueError(f"{directory} has a tokenizer of {tokenizer.vocab_size}; use another --out_dir")
-        if not (directory / "merges.txt").exists() and shards.find_shards(directory):
-            raise ValueError(f"{directory} holds shards of GPT-2's vocabulary; use another --out_dir")
     except ValueError as e:
         raise UserError(f"--train_tokenizer {size}: {e}" if size else f"--out_dir {directory}: {e}") from None
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, content in tokenizer.files.items():  # merges.txt, which is looked for, comes last
-        with write_atomically(directory / name) as f:
-            f.write(content)
+    if tokenizer is None:
+        return gpt2_tokenizer()
+    if size not in (None, tokenizer.vocab_size):
+        raise UserError(f"--train_tokenizer {size}: {directory} has a tokenizer of {tokenizer.vocab_size}")
+    if not (directory / "merges.txt").exists():
+        if shards.find_shards(directory):
+            raise UserError(f"--out_dir {directory}: holds shards of GPT-2's vocabulary; use another")
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in tokenizer.files.items():  # merges.txt, which is looked for, comes last
+            with write_atomically(directory / name) as f:
+                f.write(content)
     return tokenizer
 
 
@@ -423,9 +424,8 @@ def download(out_dir: Path, n: int | None) -> None:
     from huggingface_hub import HfApi, hf_hub_download
 
     revision = find_revision(out_dir, PRETOKENIZED)
-    manifest = open_manifest(
-        out_dir, dict(source=dict(dataset=PRETOKENIZED, revision=revision), tokenizer=gpt2_tokenizer().sha256)
-    )
+    source = dict(dataset=PRETOKENIZED, revision=revision)
+    manifest = open_manifest(out_dir, dict(source=source, tokenizer=gpt2_tokenizer().sha256))
     with hub_errors(PRETOKENIZED):
         info = HfApi().dataset_info(PRETOKENIZED, revision=revision, files_metadata=True)
     sha = {f.rfilename: f.lfs.sha256 for f in info.siblings if shards.is_shard_name(f.rfilename)}
@@ -451,7 +451,7 @@ def download(out_dir: Path, n: int | None) -> None:
 
 
 def verify(directory: Path) -> None:
-    """Compare a directory, or each part, with its manifest, shards by their SHA-256. Raise UserError naming all that
+    """Compare the shards of a directory, or of its parts, with the manifest's SHA-256. Raise UserError naming all that
     differs."""
     for part in shards.find_parts(directory):
         shards.read_manifest(part)  # before hashing for minutes

@@ -107,7 +107,8 @@ def bands(reference: list[Run]) -> dict[str, dict[int, tuple[float, float]]]:
 def check(run: Run, reference: list[Run]) -> bool:
     """Print whether the run so far is within the bands, and where it first leaves them. Raise UserError."""
     if not reference:
-        known = ", ".join(f"--preset {path.name} --data input.txt" for path in sorted(REFERENCE.iterdir()))
+        logs = map(Run.read, REFERENCE.glob("*/seed-*"))
+        known = ", ".join(sorted({f"--preset {log.config['preset']} --data {log.config['data']}" for log in logs}))
         raise UserError(f"{run.name}: no reference has its network, its data and its tokens a step; there is {known}")
     recipe, curves, other = reference[0].config, run.curves, differing(run, reference)
     if "eval_tokens" in other:
@@ -133,8 +134,9 @@ def check(run: Run, reference: list[Run]) -> bool:
     return normal
 
 
-def draw(log_dirs: list[Path], file: Path) -> None:
-    """Draw these runs into a PNG file, a single one with the bands of its reference runs. Raise UserError."""
+def draw(log_dirs: list[Path], file: Path, compare: bool = False) -> None:
+    """Draw these runs into a PNG file. A single one gets the bands of its reference runs if it has their recipe, or if
+    it is to be compared with them. Raise UserError."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
@@ -149,7 +151,7 @@ def draw(log_dirs: list[Path], file: Path) -> None:
     for i, run in enumerate(runs):
         draw_run(axes, run, COLORS[i % len(COLORS)], tokens, time)
     reference = reference_for(runs[0]) if len(runs) == 1 else []
-    if reference and not differing(runs[0], reference):
+    if reference and (compare or not differing(runs[0], reference)):
         draw_bands(axes["loss by tokens"], runs[0], reference, tokens)
     # The first fiftieth of the losses, which falls from 11, would leave no room for the rest.
     top = 1.02 * max(run.columns["loss"][len(run.columns["loss"]) // 50] for run in runs)
@@ -215,7 +217,7 @@ def mark(panel, levels: dict[str, float]) -> None:
 @dataclass(frozen=True)
 class Options:
     log_dirs: tuple[Path, ...] = option((Path("log"),), "runs (default: log)", positional=True, metavar="LOG_DIR")
-    check: bool = option(False, "compare the loss with reference runs; exit 1 if it is not normal")
+    check: bool = option(False, "compare the loss with reference runs, and draw them; exit 1 if it is not normal")
     out: Path | None = option(None, "PNG file (default: curves.png, as above)", type=output_file, metavar="FILE")
 
 
@@ -229,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--out {file}: the picture is a PNG; its name has to end in .png")
     run = Run.read(args.log_dirs[0])
     normal = not args.check or check(run, reference_for(run))
-    draw([*args.log_dirs], file)
+    draw([*args.log_dirs], file, args.check)
     print(file)
     return 0 if normal else 1
 

@@ -35,7 +35,7 @@ class Options:
     top_p: float = option(1.0, "sample from the fewest tokens with this probability together", low=1e-6, high=1)
     seed: int = option(1337, "seed of the random numbers", high=10**18)
     stop: str | None = option(None, "end before this text; <|endoftext|> always ends it")
-    device: str = option("auto", "cpu, cuda, xpu, mps, or auto for the fastest", metavar="DEVICE")
+    device: str = option("auto", "such as cpu or cuda:1, or auto for the fastest", metavar="DEVICE")
 
 
 def stream_text(tokens: Iterator[int], tokenizer: Tokenizer, stop: str | None) -> Iterator[str]:

@@ -233,9 +233,7 @@ class ScoringOptions:
     """The options of a script that scores."""
 
     model: str = option("gpt2", "name on the hub, or directory", aliases=("-m", "--model_type"), metavar="MODEL")
-    device: str = option(
-        "auto", "cpu, cuda, cuda:1, xpu, mps, or auto for the fastest", aliases=("-d",), metavar="DEVICE"
-    )
+    device: str = option("auto", "such as cpu or cuda:1, or auto for the fastest", aliases=("-d",), metavar="DEVICE")
     dtype: str = option("float32", "precision of the weights", choices=("float32", "bfloat16", "float16"))
     batch_tokens: int | None = option(None, "tokens at once (default: 1,024; 65,536 on CUDA)", low=1, metavar="N")
 

@@ -59,10 +59,7 @@ class Tokenizer:
 
         theirs = ByteLevelBPETokenizer()
         theirs.train_from_iterator(texts, vocab_size - 1, show_progress=sys.stderr.isatty())
-        merges = {}
-        for left, right in json.loads(theirs.to_str())["model"]["merges"]:
-            merges.setdefault(left + right, f"{left} {right}")  # of two merges to the same token, the first
-        tokenizer = cls(tuple(merges.values()))
+        tokenizer = cls(tuple(map(" ".join, json.loads(theirs.to_str())["model"]["merges"])))
         if tokenizer.vocab_size < vocab_size:
             raise ValueError(f"the text gives no more than {tokenizer.vocab_size:,} tokens")
         return tokenizer
@@ -122,8 +119,7 @@ class Tokenizer:
         if getattr(_thread, "tokenizer", None) is not self:
             ranks = {bytes(BYTE_OF[c] for c in token): i for token, i in self.vocab.items() if i != self.end_of_text}
             special = {"<|endoftext|>": self.end_of_text}
-            name = f"gpt2 {self.vocab_size}"
-            encoding = tiktoken.Encoding(name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+            encoding = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
             _thread.tokenizer, _thread.encoding = self, encoding
         return _thread.encoding
 

@@ -95,7 +95,7 @@ class Trainer:
             vocab_size = data.tokenizer.vocab_size
             self.train_loader = DataLoaderLite(data.train, T, seed, data.is_text, vocab_size)
             self.val_loader = DataLoaderLite(data.val, T, vocab_size=vocab_size)
-            self.n_val = min(self.val_loader.n_rows, max(1, self.config.eval_tokens // T))  # sequences
+            self.n_val = min(self.val_loader.n_rows, max(1, self.config.eval_tokens // T))  # sequences of a validation
         self.build_model()
         for line in plan.lines:
             self.log.print(line)
@@ -347,9 +347,10 @@ class Trainer:
         """Return HellaSwag's examples; None if they are not evaluated, or cannot be had, which costs one line."""
         if not self.config.hellaswag_every or self.config.dry_run:
             return None
+        if self.tokenizer != gpt2_tokenizer():
+            self.log.print("no HellaSwag evaluation: its tokens are GPT-2's")
+            return None
         try:
-            if self.tokenizer != gpt2_tokenizer():
-                raise UserError("its tokens are GPT-2's", 4)
             examples = hellaswag.read_examples(hellaswag.find_file(), hellaswag.render_nanogpt)
             make_rows(examples, self.config.seq_len + 1)  # raises if one does not fit
             return examples

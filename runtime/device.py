@@ -145,7 +145,7 @@ def disable_cudnn_sdp() -> None:
 
 def sdpa_without_cudnn() -> contextlib.AbstractContextManager:
     """Return a context manager and decorator that disables cuDNN's attention. cuDNN makes a plan for each new shape, in
-    0.06 to 0.4 s, so it is for shapes that stay the same."""
+    0.06 to 0.4 s."""
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 

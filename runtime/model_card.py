@@ -10,7 +10,7 @@ pipeline_tag: text-generation
 ---
 # GPT-2 with {n_layer} layers, {n_head} heads, {n_embd} channels
 
-{origin}, on {tokens:,} tokens of `{data}`. License: fill in what you choose and the data allow.
+{origin}, on {tokens:,} tokens of `{data}`. License: fill in one that the data allow.
 
 | step | validation loss (nats per token) | bits per byte | HellaSwag accuracy |
 |---|---|---|---|

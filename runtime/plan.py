@@ -54,18 +54,21 @@ def merge_flags(flags: dict, ranks: int) -> Plan:
     """Merge flags, checkpoint, --init_from, preset and defaults; leave open what make_plan decides. Raise UserError."""
     resume_from, record, lines = find_checkpoint(flags)
     machine_flags = {name: flags[name] for name in MACHINE_OPTIONS if name in flags}
+    flag, source = ("--resume", resume_from) if record is not None else ("--init_from", flags.get("init_from"))
     tokenizer, vocab_size, options = None, None, {}
+    if source is not None:
+        with checkpoint.errors_of(f"{flag} {source}: cannot be loaded as a GPT-2"):
+            model_config = GPTConfig.from_pretrained(source)
+            vocab_size = model_config.vocab_size
+            tokenizer = load_tokenizer(source, vocab_size)
+    elif "vocab_size" in flags:
+        tokenizer = gpt2_tokenizer().first(flags["vocab_size"])
     if record is not None:
         machine_flags = record["flags"] | machine_flags
         config = resumed_config(flags, machine_flags, resume_from, record, ranks)
-        with checkpoint.errors_of(f"--resume {resume_from}: cannot be loaded"):
-            vocab_size = GPTConfig.from_pretrained(resume_from).vocab_size
-            tokenizer = load_tokenizer(resume_from, vocab_size)
     else:
-        if "init_from" in flags:
-            vocab_size, tokenizer, options = pretrained_options(flags)
-        elif "vocab_size" in flags:
-            tokenizer = gpt2_tokenizer().first(flags["vocab_size"])
+        if source is not None:
+            options = pretrained_options(flags, model_config)
         config = new_config(flags, options)
     return Plan(flags, config, tokenizer, vocab_size, resume_from, record, lines, machine_flags)
 
@@ -119,19 +122,15 @@ def resumed_config(flags: dict, machine_flags: dict, resume_from: Path, record: 
     return TrainConfig(**values)
 
 
-def pretrained_options(flags: dict) -> tuple[int, Tokenizer, dict]:
-    """Return vocabulary size, tokenizer and options that --init_from sets. Raise UserError if flags contradict them."""
-    with checkpoint.errors_of(f"--init_from {flags['init_from']}: cannot be loaded as a GPT-2"):
-        config = GPTConfig.from_pretrained(flags["init_from"])
-        tokenizer = load_tokenizer(flags["init_from"], config.vocab_size)
+def pretrained_options(flags: dict, config: GPTConfig) -> dict:
+    """Return the options that the model of --init_from sets. Raise UserError if flags contradict them."""
     shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "bias")}
     for name, value in (shape | dict(vocab_size=config.vocab_size)).items():
         if flags.get(name, value) != value:
             raise UserError(f"--{name} {flags[name]}: the model of --init_from has {value}; leave the flag out")
     if flags.get("seq_len", 1) > config.block_size:
         raise UserError(f"--seq_len {flags['seq_len']}: the model of --init_from has {config.block_size} positions")
-    options = shape | dict(seq_len=config.block_size, max_lr=3e-5, min_lr=None, warmup_steps=None)
-    return config.vocab_size, tokenizer, options
+    return shape | dict(seq_len=config.block_size, max_lr=3e-5, min_lr=None, warmup_steps=None)
 
 
 def new_config(flags: dict, options: dict) -> TrainConfig:
@@ -149,11 +148,7 @@ def new_config(flags: dict, options: dict) -> TrainConfig:
 def default_data() -> str:
     """Return the prepared shards if there are any, else the text that comes with the project."""
     shards = ROOT / "edu_fineweb10B"
-    path = (
-        shards
-        if shards.is_dir() and any([*shards.glob("*train*"), *shards.glob("part-*/*train*")])
-        else ROOT / "input.txt"
-    )
+    path = shards if [*shards.glob("*train*"), *shards.glob("part-*")] else ROOT / "input.txt"
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 

@@ -165,7 +165,7 @@ def write_manifest(directory: Path, manifest: dict) -> None:
 
 
 def check_manifest(directory: Path, found: dict, key: str = "tokens") -> dict:
-    """Compare shards, by name their tokens or sha256, with manifest.json, and return that. Raise ShardError naming all
+    """Return manifest.json after comparing it with shards, by name their tokens or sha256. Raise ShardError naming all
     that differs."""
     manifest = read_manifest(directory)
     if not manifest["complete"]:

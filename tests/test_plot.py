@@ -219,14 +219,18 @@ def test_the_reference_is_of_the_presets_as_they_are():
 
 
 def test_picture_of_one_run_has_its_reference(figure, tmp_path):
-    """As a run draws it at its end; there is none for several runs, or for another recipe."""
+    """As a run draws it at its end; there is none for several runs, nor, but to compare, for another recipe."""
     log_dir = plot.REFERENCE / "tiny/seed-1"
-    plot.draw([log_dir], tmp_path / "x.png")
-    plot.draw([log_dir, log_dir], tmp_path / "y.png")
-    plot.draw([write_run(tmp_path / "a")], tmp_path / "z.png")
+    wrong = Path(shutil.copytree(WRONG / "ten-times", tmp_path / "wrong"))
+    plot.draw([log_dir], tmp_path / "a.png")
+    assert run_script(plot.main, ["--check", str(wrong)]) == 1
+    plot.draw([log_dir, log_dir], tmp_path / "b.png")
+    plot.draw([write_run(tmp_path / "a")], tmp_path / "c.png")
+    plot.draw([wrong], tmp_path / "d.png")
     legends = [{text.get_text() for text in drawn.axes[0].get_legend().get_texts()} for drawn in figure]
-    bands = {"normal training loss of tiny", "normal validation loss of tiny"}
-    assert bands < legends[0] and not bands & (legends[1] | legends[2])
+    training, validation = "normal training loss of tiny", "normal validation loss of tiny"
+    assert [training in legend for legend in legends] == [True, True, False, False, False]
+    assert [validation in legend for legend in legends] == [True, False, False, False, False]  # the second ends before
 
 
 @pytest.mark.parametrize("log_dir", SEEDS, ids=lambda d: f"{d.parent.name}-{d.name}")

@@ -127,7 +127,7 @@ def test_same_command_continues_with_its_tokenizer(greek, capsys):
     assert "is complete" in capsys.readouterr().out
     assert {p.name: p.read_bytes() for p in (directory / "shards").iterdir()} == before
     assert run_script(fineweb.main, [*flags, "--train_tokenizer", str(V + 1)]) == 2
-    assert f"has a tokenizer of {V}; use another --out_dir" in capsys.readouterr().err
+    assert f"--train_tokenizer {V + 1}: {directory}/shards has a tokenizer of {V}" in capsys.readouterr().err
 
 
 def test_too_few_words_for_a_vocabulary(tmp_path, capsys):
